@@ -1,0 +1,69 @@
+"""What every op file uses: the library handle, registration, autocast and argument checks."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("slimkernels", "DEF")
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "elu", "relu6", "hardswish", "tanh", "sigmoid")
+# Those whose derivative can be computed from their output; the others need their input in backward.
+OUTPUT_ACTIVATIONS = ("none", "relu", "elu", "relu6", "tanh", "sigmoid")
+
+
+def define(schema: str, *, fake: Callable, default: Callable) -> None:
+    """Define the op ``schema``, its shape function and its reference.
+
+    The reference is registered under "default" (CompositeExplicitAutograd): a kernel for a device overrides it.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"slimkernels::{name}", fake, lib=LIBRARY)
+
+
+def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Attach ``backward`` to the op ``name``."""
+    torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_float(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: expected x to be a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: expected x of dtype float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def check_same_dtype_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Every tensor in ``others`` that is not None has the dtype and device of ``x``."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.dtype != x.dtype:
+            raise TypeError(f"{op}: expected {name} of dtype {x.dtype} like x, got {other.dtype}")
+        if other.device != x.device:
+            raise ValueError(f"{op}: expected {name} on device {x.device} like x, got {other.device}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that torch.autocast asks for on the device of ``x``, or None when it is off."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def grad_needed(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
