@@ -1,0 +1,60 @@
+"""``SlimLinear`` at a width against nn.Linear of that size and F.linear on a sliced weight."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Case, Problem
+from benchmarks.shapes import Shape, reduced, shapes
+from slimkernels.nn import SlimLinear
+
+
+class Sliced(nn.Linear):
+    """The usual slicing code."""
+
+    def __init__(self, in_features: int, out_features: int, active: int) -> None:
+        super().__init__(in_features, out_features)
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[: self.active, : x.shape[-1]], self.bias[: self.active])
+
+
+def full_size(shape: Shape) -> tuple[int, int]:
+    """Sizes of the full-width layer this one is a slice of; the classes of a net are never cut."""
+    scale = 1 / shape.width
+    fixed_out = shape.c_out in (1000, 10)
+    return round(shape.c_in * scale), shape.c_out if fixed_out else round(shape.c_out * scale)
+
+
+def build(shape: Shape, batch: int, dtype: torch.dtype) -> Problem:
+    full_in, full_out = full_size(shape)
+    ours, plain = SlimLinear(full_in, full_out), nn.Linear(shape.c_in, shape.c_out)
+    sliced = Sliced(full_in, full_out, shape.c_out)
+    sliced.load_state_dict(ours.state_dict())
+    ours.set_width(shape.c_out)
+    with torch.no_grad():
+        plain.weight.copy_(ours.weight[: shape.c_out, : shape.c_in])
+        plain.bias.copy_(ours.bias[: shape.c_out])
+    x = torch.randn(batch, shape.c_in, dtype=dtype, requires_grad=True)
+    return Problem(ours.to(dtype), plain.to(dtype), sliced.to(dtype), (x,))
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    for shape in shapes("linear", quick):
+        batch, note = reduced(shape.n, shape.c_in * shape.c_out, shape.c_in + shape.c_out)
+        for dtype in (torch.float32, torch.bfloat16) if shape.heaviest else (torch.float32,):
+            name = f"N{batch}-I{shape.c_in}-O{shape.c_out}"
+            yield Case(
+                shape.net,
+                shape.width,
+                name,
+                dtype,
+                partial(build, shape, batch, dtype),
+                compile=shape.heaviest,
+                count=shape.count,
+                note=note,
+            )

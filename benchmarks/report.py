@@ -1,0 +1,183 @@
+"""``python -m benchmarks.report [--check]``: the README's benchmark table and one plot an op, from ``results/*.csv``.
+
+``--check`` writes nothing and exits non-zero when the table or a plot is stale.
+"""
+
+import argparse
+import hashlib
+import math
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.run import RESULTS, read
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+MODES = ("forward", "backward", "full")
+WORST = 5  # slowest cases named an op
+Row = dict[str, str]
+
+
+def files() -> list[Path]:
+    return sorted(RESULTS.glob("*.csv"))
+
+
+def benchmark_rows(path: Path) -> list[Row]:
+    """Rows of the harness; other tables may lie in the same folder."""
+    return [row for row in read(path) if "ratio" in row and "provider" in row]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def peers(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["provider"] for row in rows if row["provider"] != "slimkernels"))
+
+
+def summary(rows: list[Row], peer: str) -> str:
+    """Geometric mean of the ratios, their range, and how many are below 1."""
+    ratios = [float(row["ratio"]) for row in rows if row["provider"] == peer and row["ratio"]]
+    if not ratios:
+        return "-"
+    slower = f"slower in {sum(ratio < 0.995 for ratio in ratios)} of {len(ratios)}"
+    return f"**{geometric_mean(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}; {slower})"
+
+
+def machine_section(path: Path, rows: list[Row]) -> list[str]:
+    first = rows[0]
+    names = peers(rows)
+    lines = [
+        f"### {first['machine']}, {first['isa']}, {first['threads']} thread(s)",
+        "",
+        "Time of the peer over time of slimkernels in the same interleaved run: above 1, slimkernels is faster."
+        " Geometric mean over the layer shapes of the op (lowest to highest; cases in which slimkernels is the slower one,"
+        " below 0.995). `plain` is the PyTorch module built at that width, `slice` the usual slicing code, `compile`"
+        " torch.compile of the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
+        f" net only. Every row: [{path.name}](benchmarks/results/{path.name}).",
+        "",
+        f"| op | dtype | mode | {' | '.join(names)} | run |",
+        f"|---|---|---|{'---|' * len(names)}---|",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        for dtype in dict.fromkeys(row["dtype"] for row in of_op):
+            for mode in MODES:
+                part = [row for row in of_op if row["dtype"] == dtype and row["mode"] == mode]
+                if part:
+                    about = f"{part[0]['run']}, {part[0]['date']}, {part[0]['commit']}"
+                    cells = " | ".join(summary(part, name) for name in names)
+                    lines.append(f"| `{op}` | {dtype} | {mode} | {cells} | {about} |")
+    red = [row for row in rows if row["gate"] != "ok"]
+    if red:
+        lines += ["", f"Results that failed the accuracy gate and have no time: {len(red)}."]
+        lines += [
+            f"- `{r['op']}` {r['provider']} {r['net']} {r['shape']} {r['dtype']} {r['mode']}: {r['gate']}" for r in red
+        ]
+    return [*lines, "", *slowest(rows), *plots(rows)]
+
+
+def slowest(rows: list[Row]) -> list[str]:
+    lines = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        timed = [row for row in rows if row["op"] == op and row["provider"] in ("plain", "slice") and row["ratio"]]
+        worst = sorted((row for row in timed if float(row["ratio"]) < 0.995), key=lambda row: float(row["ratio"]))[
+            :WORST
+        ]
+        if worst:
+            cases = "; ".join(
+                f"{r['ratio']} of {r['provider']}, {r['net']} {r['width']} {r['shape']} {r['dtype']} {r['mode']}"
+                for r in worst
+            )
+            lines += [f"Slowest of `{op}`: {cases}.", ""]
+    return lines
+
+
+def plots(rows: list[Row]) -> list[str]:
+    return [f"![{op}](benchmarks/results/{op}.svg)" for op in dict.fromkeys(row["op"] for row in rows)]
+
+
+def table() -> str:
+    sections = []
+    for path in files():
+        rows = benchmark_rows(path)
+        if rows:
+            sections += [*machine_section(path, rows), ""]
+    return "\n".join([BEGIN, *sections, END])
+
+
+def digest(op: str) -> str:
+    rows = [row for path in files() for row in benchmark_rows(path) if row["op"] == op]
+    return hashlib.sha256(repr([sorted(row.items()) for row in rows]).encode()).hexdigest()[:16]
+
+
+def plot(op: str) -> None:
+    """Ratio to each peer over the peer's time, one panel a mode."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = op
+    import matplotlib.pyplot as plt
+
+    rows = [row for path in files() for row in benchmark_rows(path) if row["op"] == op and row["ratio"]]
+    modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
+    figure, axes = plt.subplots(1, len(modes), figsize=(4 * len(modes), 3.4), sharey=True, squeeze=False)
+    for ax, mode in zip(axes[0], modes, strict=True):
+        for peer in peers(rows):
+            for dtype, marker in (("float32", "o"), ("bfloat16", "^"), ("float16", "s")):
+                part = [r for r in rows if (r["mode"], r["provider"], r["dtype"]) == (mode, peer, dtype)]
+                if part:
+                    x, y = [float(r["p50_us"]) for r in part], [float(r["ratio"]) for r in part]
+                    color = f"C{peers(rows).index(peer)}"
+                    ax.scatter(x, y, s=14, marker=marker, color=color, alpha=0.7, label=f"{peer} {dtype}")
+        ax.axhline(1, color="black", linewidth=0.8)
+        ax.set(xscale="log", yscale="log", title=f"{op}: {mode}", xlabel="time of the peer (us)")
+    axes[0][0].set_ylabel("peer's time / slimkernels' time")
+    axes[0][-1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{op}.svg", metadata={"Date": None, "Description": f"rows {digest(op)}"})
+    plt.close(figure)
+
+
+def all_ops() -> list[str]:
+    return sorted({row["op"] for path in files() for row in benchmark_rows(path)})
+
+
+def new_readme() -> str:
+    text = README.read_text()
+    if BEGIN not in text:
+        text = text.rstrip() + f"\n\n## Benchmarks\n\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN, 1)
+    return before + table() + rest.split(END, 1)[1]
+
+
+def stale() -> list[str]:
+    """What no longer agrees with the CSV files."""
+    found = [] if README.read_text() == new_readme() else ["README.md"]
+    for op in all_ops():
+        path = RESULTS / f"{op}.svg"
+        if not path.exists() or f"rows {digest(op)}" not in path.read_text():
+            found.append(f"benchmarks/results/{op}.svg")
+    return found
+
+
+def main(check: bool = False) -> int:
+    names = stale()
+    if check:
+        if names:
+            print(f"stale: {', '.join(names)}; type 'python -m benchmarks.report'", file=sys.stderr)
+        return 1 if names else 0
+    README.write_text(new_readme())
+    for op in all_ops():
+        if f"benchmarks/results/{op}.svg" in names:
+            plot(op)
+    print(f"written: {', '.join(names) or 'nothing new'}")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    raise SystemExit(main(parser.parse_args().check))

@@ -1,0 +1,111 @@
+"""The benchmark harness: its gate can be red, its rows are complete, and the README's table is that of the CSV."""
+
+import csv
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import harness, report, run
+from benchmarks.shapes import reduced, shapes
+
+
+class Wrong(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 1.001
+
+
+def case(ours_kind=nn.Linear, modes=harness.MODES):
+    def build():
+        torch.manual_seed(0)
+        plain, ours, sliced = nn.Linear(8, 6), ours_kind(8, 6), nn.Linear(8, 6)
+        ours.load_state_dict(plain.state_dict())
+        sliced.load_state_dict(plain.state_dict())
+        return harness.Problem(ours, plain, sliced, (torch.randn(5, 8, requires_grad=True),))
+
+    return harness.Case("net", 0.5, "N5-I8-O6", torch.float32, build, modes)
+
+
+def test_harness_measures_every_provider_and_mode():
+    rows = list(harness.measure(case(), 0.001))
+    assert [(r["mode"], r["provider"]) for r in rows] == [
+        (mode, provider) for mode in harness.MODES for provider in ("slimkernels", "plain", "slice")
+    ]
+    assert all(r["gate"] == "ok" and float(r["p20_us"]) <= float(r["p50_us"]) <= float(r["p80_us"]) for r in rows)
+    assert set().union(*rows) <= set(run.COLUMNS)
+
+
+def test_harness_gives_no_time_to_a_wrong_result():
+    rows = list(harness.measure(case(Wrong), 0.001))
+    ours = [r for r in rows if r["provider"] == "slimkernels"]
+    assert all("against float64" in r["gate"] and "p50_us" not in r for r in ours)
+    assert all("ratio" not in r for r in rows)
+
+
+def test_harness_sees_a_gradient_outside_the_slice():
+    class Full(nn.Linear):
+        def forward(self, x):
+            return (
+                nn.functional.linear(x, self.weight[:6], self.bias[:6])
+                + 0 * self.weight.sum()
+                + self.weight[7, 0] * 0.1
+            )
+
+    def build():
+        ours, plain = Full(8, 8), nn.Linear(8, 6)
+        with torch.no_grad():
+            ours.weight[7, 0] = 0
+            plain.weight.copy_(ours.weight[:6])
+            plain.bias.copy_(ours.bias[:6])
+        return harness.Problem(ours, plain, None, (torch.randn(5, 8, requires_grad=True),))
+
+    one = harness.Case("net", 0.5, "s", torch.float32, build, ("full",))
+    (ours, plain) = harness.measure(one, 0.001)
+    assert ours["gate"] != "ok"
+    assert plain["gate"] == "ok"
+
+
+def test_harness_counts_memory():
+    assert harness.extra_bytes(lambda: torch.ones(1000) + torch.ones(1000)) == 12000
+
+
+def test_shapes_of_every_op_and_the_batch_rule():
+    for op in ("conv2d", "dwconv2d", "conv1d", "linear", "layernorm", "groupnorm", "bilstm"):
+        everything, quick = shapes(op), shapes(op, quick=True)
+        assert {s.width for s in everything} == {0.25, 0.5, 0.75, 1.0}
+        assert 0 < len(quick) < len(everything)
+        assert {s.net for s in quick} == {s.net for s in everything}
+    assert reduced(4, 10, 10) == (4, "")
+    batch, note = reduced(100352, 384 * 96, 480)
+    assert batch * 384 * 96 <= 2**28 < 2 * (batch + 1) * 384 * 96
+    assert note.startswith("batch 100352 halved")
+    with pytest.raises(ValueError, match=r"expected op to be one that op-shapes\.csv lists, got 'conv9d'"):
+        shapes("conv9d")
+
+
+def test_an_unknown_op_is_an_error():
+    with pytest.raises(ValueError, match=r"bench: expected op to be one of .*slim_linear.*, got 'nothing'"):
+        run.main("nothing")
+
+
+def test_a_run_replaces_the_rows_of_its_op(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+
+    class Bench:
+        @staticmethod
+        def cases(quick):
+            yield case(modes=("forward",))
+
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: Bench)
+    for op in ("one", "two", "one"):
+        assert run.run_op(op, True, 1) == 0
+    with run.results_file().open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["op"] for row in rows] == ["one"] * 3 + ["two"] * 3
+    assert list(rows[0]) == run.COLUMNS
+    assert re.fullmatch(r"[a-z0-9-]+\.csv", run.results_file().name)
+
+
+def test_readme_table_and_plots_are_not_stale():
+    assert report.stale() == []
