@@ -2,9 +2,9 @@
 
 A ``benchmarks/bench_<op>.py`` has a generator ``cases(quick)`` of ``Case``; ``Case.build()`` makes the ``Problem``: the
 slimmable module set to a width, the plain PyTorch module built at that width, and the usual slicing code, with the same
-numbers. From these come the providers ``slimkernels``, ``plain``, ``slice`` and ``compile`` (torch.compile of the slicing
-code at that one width; frozen for inference). The parameters of all modules come in the same order; gradients of full size
-are cut to the plain ones' by ``active``.
+numbers. From these come the providers ``slimkernels``, ``plain``, ``slice`` and ``compile`` (torch.compile of the
+slicing code at that one width; frozen for inference). The parameters of all modules come in the same order;
+gradients of full size are cut to the plain ones' by ``active``.
 """
 
 import contextlib
@@ -93,6 +93,10 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp_min(1e-300)).item()
 
 
+def energy(t: Tensor) -> float:
+    return t.double().square().sum().item()
+
+
 def results(provider: Provider, mode: str) -> list[Tensor | None]:
     """Outputs and, but for inference, gradients of the leaves for fixed random output gradients."""
     if mode == "forward":
@@ -127,15 +131,13 @@ def gate(problem: Problem, candidates: dict[str, Provider], mode: str) -> dict[s
         ours = results(provider, mode)
         bad = "" if len(ours) == len(exact) else f"{len(ours)} results, expected {len(exact)}"
         for i, (o, e, t) in enumerate(zip(ours, exact, torchs, strict=False)):
-            if o is None or e is None:
+            if o is None or e is None or t is None:
                 bad = bad or ("" if o is e else f"result {i}: a gradient is missing")
                 continue
             limit = 2 * error(t, e) + FLOOR[dtype]
             off = error(o if o.shape == e.shape else problem.active(o, e), e)
-            rest = (
-                o.double().square().sum() - problem.active(o, e).double().square().sum() if o.shape != e.shape else 0.0
-            )
-            if off > limit or abs(rest) > 1e-6 * o.double().square().sum():
+            whole, part = energy(o), energy(o if o.shape == e.shape else problem.active(o, e))
+            if off > limit or abs(whole - part) > 1e-6 * whole:
                 bad = bad or f"result {i}: error {off:.1e} against float64, allowed {limit:.1e}"
         verdict[name] = bad
     return verdict

@@ -53,9 +53,9 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
         f"### {first['machine']}, {first['isa']}, {first['threads']} thread(s)",
         "",
         "Time of the peer over time of slimkernels in the same interleaved run: above 1, slimkernels is faster."
-        " Geometric mean over the layer shapes of the op (lowest to highest; cases in which slimkernels is the slower one,"
-        " below 0.995). `plain` is the PyTorch module built at that width, `slice` the usual slicing code, `compile`"
-        " torch.compile of the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
+        " Geometric mean over the layer shapes of the op (lowest to highest; how many are slower, below 0.995)."
+        " `plain` is the PyTorch module built at that width, `slice` the usual slicing code, `compile` torch.compile of"
+        " the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
         f" net only. Every row: [{path.name}](benchmarks/results/{path.name}).",
         "",
         f"| op | dtype | mode | {' | '.join(names)} | run |",

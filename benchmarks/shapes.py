@@ -51,10 +51,10 @@ def shapes(op: str, quick: bool = False) -> list[Shape]:
     found, seen = [], set()
     for row in rows:
         heaviest = weight(row) == top[row["net"], row["width"]]
-        key = tuple([*row.values()][:12])  # all that makes the shape
-        if key in seen:
+        identity = tuple([*row.values()][:12])  # all that makes the shape
+        if identity in seen:
             continue
-        seen.add(key)
+        seen.add(identity)
         if quick and not (heaviest and float(row["width"]) in QUICK_WIDTHS):
             continue
         size = {
