@@ -14,9 +14,9 @@ from slimkernels.models._width import scaled_all
 def identity_shortcut(n_in: int, n_out: int, stride: int) -> nn.Conv2d:
     """Option A of the paper (every second pixel, zeros for the new channels) as a fixed 1x1 convolution.
 
-    Slicing pixels and zero-padding channels in the forward would tie channel ``c`` of one stage to channel ``c + pad`` of
-    the next, which no leading slice can follow. The same map as a matrix can be permuted and sliced like any other weight,
-    so the residual channels stay slimmable. The matrix is constant: it is not trained, and a checkpoint may leave it out.
+    Slicing pixels and zero-padding channels in the forward would tie channel ``c`` of one stage to channel ``c + pad``
+    of the next, which no leading slice can follow. The same map as a matrix can be permuted and sliced like any other
+    weight, so the residual channels stay slimmable. The matrix is constant: not trained, and optional in a checkpoint.
     """
     conv = nn.Conv2d(n_in, n_out, 1, stride=stride, bias=False)
     weight = torch.zeros(n_out, n_in, 1, 1)
@@ -58,7 +58,7 @@ class CifarResNet(nn.Module):
     """ResNet for 32x32 images, depth ``6 n + 2``; keys as in akamaster/pytorch_resnet_cifar10.
 
     ``channels`` are the residual channels of the three stages, ``inner`` those inside their blocks (default: the same).
-    ``option`` "A": shortcuts with nothing to train (269,722 parameters at depth 20); "B": 1x1 convolution and norm (272,474).
+    ``option`` "A": shortcuts with nothing to train (269,722 parameters at depth 20); "B": 1x1 conv and norm (272,474).
     """
 
     def __init__(

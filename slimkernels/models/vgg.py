@@ -10,7 +10,7 @@ CONVS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 
 
 
 class VGG(nn.Module):
-    """``channels`` are the widths of the five stages, ``hidden`` of the linear layers, ``pool`` the size of the final map."""
+    """``channels`` are the widths of the stages, ``hidden`` of the linear layers, ``pool`` the final map size."""
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """22,050,664 parameters by default (ViT-S/16); ``heads``, ``head_dim`` and ``hidden`` are independent of ``dim``."""
+    """22,050,664 parameters by default (ViT-S/16); ``heads``, ``head_dim``, ``hidden`` are independent of ``dim``."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The plain networks: published parameter counts, shapes at several widths, keys of published checkpoints, torch only."""
+"""The plain networks: published parameter counts, shapes at several widths, published keys, torch only."""
 
 import copy
 import subprocess
