@@ -1,10 +1,12 @@
 """Plain networks whose widths can be chosen, for recipes, tests and benchmarks. They import torch only."""
 
+from slimkernels.models.bsrnn import BSRNN
 from slimkernels.models.convnext import ConvNeXt, convnext_tiny
 from slimkernels.models.densenet import DenseNet, densenet121
 from slimkernels.models.digits import DigitCNN
 from slimkernels.models.inception import GoogLeNet, googlenet
 from slimkernels.models.mobilenet import MobileNetV2, mobilenet_v2
+from slimkernels.models.nsnet2 import NSNet2
 from slimkernels.models.resnet import CifarResNet, ResNet, cifar_resnet20, cifar_resnet56, resnet18, resnet34, resnet50
 from slimkernels.models.shufflenet import ShuffleNetV2, shufflenet_v2
 from slimkernels.models.unet import UNet, unet
@@ -12,6 +14,7 @@ from slimkernels.models.vgg import VGG, vgg11, vgg16
 from slimkernels.models.vit import VisionTransformer, vit_small
 
 __all__ = [
+    "BSRNN",
     "VGG",
     "CifarResNet",
     "ConvNeXt",
@@ -19,6 +22,7 @@ __all__ = [
     "DigitCNN",
     "GoogLeNet",
     "MobileNetV2",
+    "NSNet2",
     "ResNet",
     "ShuffleNetV2",
     "UNet",
