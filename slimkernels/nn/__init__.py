@@ -1,5 +1,21 @@
 """Drop-in slimmable modules: subclasses of the torch modules with the same constructors and state_dict keys."""
 
+from slimkernels.nn.conv import (
+    SlimConv1d,
+    SlimConv2d,
+    SlimConv3d,
+    SlimConvTranspose1d,
+    SlimConvTranspose2d,
+    SlimConvTranspose3d,
+)
 from slimkernels.nn.linear import SlimLinear
 
-__all__ = ["SlimLinear"]
+__all__ = [
+    "SlimConv1d",
+    "SlimConv2d",
+    "SlimConv3d",
+    "SlimConvTranspose1d",
+    "SlimConvTranspose2d",
+    "SlimConvTranspose3d",
+    "SlimLinear",
+]

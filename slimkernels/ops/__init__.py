@@ -1,9 +1,10 @@
 """The ops: one public function each, over the dispatcher (C++ on the CPU, kernels on GPUs, else plain PyTorch)."""
 
+# Importing the extension registers its kernels; the schemas above must exist by then for its checks to see them.
+from slimkernels import _extension  # noqa: F401
 from slimkernels.ops.activation import activation
+from slimkernels.ops.slim_conv import slim_conv
+from slimkernels.ops.slim_conv_transpose import slim_conv_transpose
 from slimkernels.ops.slim_linear import slim_linear
 
-# Importing the extension registers its kernels; the schemas above must exist by then for its checks to see them.
-from slimkernels import _extension  # noqa: E402, F401, I001
-
-__all__ = ["activation", "slim_linear"]
+__all__ = ["activation", "slim_conv", "slim_conv_transpose", "slim_linear"]

@@ -1,0 +1,51 @@
+#include "slim_conv.h"
+
+#include <torch/library.h>
+
+#include "reference_call.h"
+
+namespace slimkernels {
+namespace {
+
+at::Tensor slim_conv_cpu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, int64_t out_channels,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                         c10::string_view activation_name, const MaybeTensor& residual) {
+  const c10::DimVector zeros(stride.size(), 0);
+  const ConvGeometry geometry{stride, padding, zeros, dilation, groups, false};
+  check_conv("slim_conv", x, weight, bias, out_channels, geometry);
+  const Activation activation = parse_activation("slim_conv", activation_name);
+  if (!conv_takes(x)) {
+    return call_reference<decltype(slim_conv_cpu)>("slimkernels::slim_conv", x, weight, bias, out_channels, stride,
+                                                   padding, dilation, groups, activation_name, residual);
+  }
+  const at::Tensor w = weight.narrow(0, 0, out_channels).narrow(1, 0, x.size(1) / groups);
+  return conv_through_aten(x, w, bias, geometry, activation, residual, conv_format(x, weight));
+}
+
+ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                    int64_t groups, bool need_dx, bool need_dw, bool need_db) {
+  const c10::DimVector zeros(stride.size(), 0);
+  const ConvGeometry geometry{stride, padding, zeros, dilation, groups, false};
+  TORCH_CHECK_VALUE(dy.dim() == x.dim(), "slim_conv_backward: expected dy to have ", x.dim(), " dimensions, got shape ",
+                    dy.sizes());
+  check_conv("slim_conv_backward", x, weight, std::nullopt, dy.size(1), geometry);
+  const c10::DimVector sizes = conv_output_sizes(x, weight, dy.size(1), geometry);
+  TORCH_CHECK_VALUE(dy.sizes() == at::IntArrayRef(sizes), "slim_conv_backward: expected dy of shape ",
+                    at::IntArrayRef(sizes), ", got ", dy.sizes());
+  if (!conv_takes(x) || dy.scalar_type() != x.scalar_type()) {
+    return call_reference<decltype(slim_conv_backward_cpu)>("slimkernels::slim_conv_backward", dy, x, weight, stride,
+                                                            padding, dilation, groups, need_dx, need_dw, need_db);
+  }
+  const at::Tensor w = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1) / groups);
+  return conv_backward_through_aten(dy, x, weight, w, weight.size(0), geometry, need_dx, need_dw, need_db);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
+  m.impl("slim_conv", &slim_conv_cpu);
+  m.impl("slim_conv_backward", &slim_conv_backward_cpu);
+}
+
+}  // namespace slimkernels

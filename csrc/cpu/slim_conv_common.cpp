@@ -1,0 +1,139 @@
+#include "slim_conv.h"
+
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+
+#define SK_INL "slim_conv_epilogue-inl.h"
+#include "foreach_isa.h"
+
+namespace slimkernels {
+namespace {
+
+void check_per_dimension(const char* op, const char* name, at::IntArrayRef values, int64_t spatial, int64_t low) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == spatial &&
+                        std::all_of(values.begin(), values.end(), [low](int64_t v) { return v >= low; }),
+                    op, ": expected ", name, " to be ", spatial, " integers of at least ", low, ", got ", values);
+}
+
+void check_range(const char* op, const char* name, int64_t active, int64_t full) {
+  TORCH_CHECK_VALUE(active >= 1 && active <= full, op, ": expected ", name, " between 1 and ", full, ", got ", active);
+}
+
+void check_groups(const char* op, const char* name, int64_t channels, int64_t groups) {
+  TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0, op, ": expected ", name, " to be a multiple of groups=",
+                    groups, ", got ", channels);
+}
+
+}  // namespace
+
+void check_conv(const char* op, const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
+                int64_t out_channels, const ConvGeometry& g) {
+  const int64_t spatial = weight.dim() - 2;
+  TORCH_CHECK_VALUE(spatial >= 1 && spatial <= 3, op, ": expected weight to have 3 to 5 dimensions, got shape ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(x.dim() == spatial + 2, op, ": expected x to have ", spatial + 2, " dimensions, got shape ",
+                    x.sizes());
+  check_groups(op, "x's channels", x.size(1), g.groups);
+  check_groups(op, "out_channels", out_channels, g.groups);
+  if (g.transposed) {
+    check_range(op, "x's channels", x.size(1), weight.size(0));
+    check_range(op, "out_channels", out_channels, weight.size(1) * g.groups);
+  } else {
+    check_range(op, "x's channels / groups", x.size(1) / g.groups, weight.size(1));
+    check_range(op, "out_channels", out_channels, weight.size(0));
+  }
+  check_per_dimension(op, "stride", g.stride, spatial, 1);
+  check_per_dimension(op, "padding", g.padding, spatial, 0);
+  check_per_dimension(op, "output_padding", g.output_padding, spatial, 0);
+  check_per_dimension(op, "dilation", g.dilation, spatial, 1);
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": expected weight of dtype ", x.scalar_type(),
+                   " like x, got ", weight.scalar_type());
+  if (bias) {
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) >= out_channels, op, ": expected bias of shape (N,) with N at least ",
+                      out_channels, ", got ", bias->sizes());
+    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), op, ": expected bias of dtype ", x.scalar_type(),
+                     " like x, got ", bias->scalar_type());
+  }
+}
+
+at::MemoryFormat conv_format(const at::Tensor& x, const at::Tensor& weight) {
+  if (x.dim() < 4) return at::MemoryFormat::Contiguous;
+  const at::MemoryFormat format = x.suggest_memory_format();
+  return format != at::MemoryFormat::Contiguous ? format : weight.suggest_memory_format();
+}
+
+bool conv_takes(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
+}
+
+c10::DimVector conv_output_sizes(const at::Tensor& x, const at::Tensor& weight, int64_t out_channels,
+                                 const ConvGeometry& g) {
+  c10::DimVector sizes = {x.size(0), out_channels};
+  for (int64_t d = 0; d < x.dim() - 2; ++d) {
+    const int64_t reach = g.dilation[d] * (weight.size(d + 2) - 1) + 1;
+    const int64_t room = x.size(d + 2) + 2 * g.padding[d] - reach;
+    TORCH_CHECK_VALUE(room >= 0, "slim_conv: expected x to be at least as large as the dilated kernel ",
+                      weight.sizes().slice(2), " after padding, got shape ", x.sizes());
+    sizes.push_back(room / g.stride[d] + 1);
+  }
+  return sizes;
+}
+
+void add_activate(at::Tensor& y, const MaybeTensor& residual, Activation activation) {
+  if (!residual && activation == Activation::kNone) return;
+  at::Tensor r;
+  if (residual) {
+    TORCH_CHECK_VALUE(residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type(),
+                      "slim_conv: expected residual of shape ", y.sizes(), " and dtype ", y.scalar_type(), ", got ",
+                      residual->sizes(), " ", residual->scalar_type());
+    // Another layout than the output's costs a copy, so that one loop over memory in order serves every case.
+    r = residual->strides() == y.strides() ? *residual : residual->contiguous(y.suggest_memory_format());
+    if (r.strides() != y.strides()) r = at::empty_like(y).copy_(r);
+  }
+  AT_DISPATCH_SWITCH(y.scalar_type(), "add_activate", SK_CASES_F32_BF16_F16([&] {
+    SK_CALL_ISA(add_activate_kernel, y.data_ptr<scalar_t>(), residual ? r.const_data_ptr<scalar_t>() : nullptr,
+                y.numel(), activation);
+  }));
+}
+
+at::Tensor zero_extended(const at::Tensor& part, const at::Tensor& full) {
+  at::Tensor out = at::zeros_like(full);
+  out.narrow(0, 0, part.size(0)).narrow(1, 0, part.size(1)).copy_(part);
+  return out;
+}
+
+at::Tensor conv_through_aten(const at::Tensor& x, const at::Tensor& w, const MaybeTensor& bias, const ConvGeometry& g,
+                             Activation activation, const MaybeTensor& residual, at::MemoryFormat format) {
+  const int64_t n = g.transposed ? w.size(1) * g.groups : w.size(0);
+  const MaybeTensor b = bias ? MaybeTensor(bias->narrow(0, 0, n)) : MaybeTensor();
+  at::Tensor y = at::convolution(x, w, b, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
+                     .contiguous(format);
+  add_activate(y, residual, activation);
+  return y;
+}
+
+ThreeTensors conv_backward_through_aten(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                        const at::Tensor& w, int64_t full_bias, const ConvGeometry& g, bool need_dx,
+                                        bool need_dw, bool need_db) {
+  auto [dx, dw, db] =
+      at::convolution_backward(dy, x, w, at::IntArrayRef{dy.size(1)}, g.stride, g.padding, g.dilation, g.transposed,
+                               g.output_padding, g.groups, {need_dx, need_dw, need_db});
+  dx = need_dx ? dx.contiguous(conv_format(x, weight)) : at::empty({0}, dy.options());
+  dw = need_dw ? zero_extended(dw, weight) : at::empty({0}, dy.options());
+  if (need_db) {
+    at::Tensor full = at::zeros({full_bias}, dy.options());
+    full.narrow(0, 0, dy.size(1)).copy_(db);
+    db = full;
+  } else {
+    db = at::empty({0}, dy.options());
+  }
+  return {dx, dw, db};
+}
+
+}  // namespace slimkernels
