@@ -5,6 +5,8 @@ from slimkernels import _extension  # noqa: F401
 from slimkernels.ops.activation import activation
 from slimkernels.ops.slim_conv import slim_conv
 from slimkernels.ops.slim_conv_transpose import slim_conv_transpose
+from slimkernels.ops.slim_gru import slim_gru
 from slimkernels.ops.slim_linear import slim_linear
+from slimkernels.ops.slim_lstm import slim_lstm
 
-__all__ = ["activation", "slim_conv", "slim_conv_transpose", "slim_linear"]
+__all__ = ["activation", "slim_conv", "slim_conv_transpose", "slim_gru", "slim_linear", "slim_lstm"]

@@ -1,0 +1,130 @@
+"""``slim_gru``: a GRU on the active gate-block slices of full-width weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slimkernels.ops._common import autocast_dtype, autograd, define, grad_needed
+from slimkernels.ops._recurrent import check_layers, check_steps, run_layers
+from slimkernels.reference import slim_gru as reference
+
+
+def slim_gru(
+    x: Tensor,  # (steps, batch, i), or (rows, i) with batch_sizes
+    weights: Sequence[Tensor],  # of each layer and direction: w_ih (3 H, I), w_hh (3 H, H), [b_ih, b_hh (3 H,)]
+    hidden_size: int | None = None,  # h <= H; None means H
+    state: Tensor | None = None,  # h0 (num_layers * D, batch, h); None means zeros
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,  # D = 2
+    in_blocks: int = 1,
+    batch_sizes: Tensor | None = None,  # (steps,) of a PackedSequence
+    dropout: float = 0.0,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:  # (*, D * h) and the final state
+    """GRU on the first ``h`` rows of each of the three gate blocks of its weights.
+
+    Equivalent to ``torch.nn.GRU`` with ``w_ih.unflatten(0, (3, H))[:, :h, :i]`` and so on for its weights. Input
+    columns are the first ``i``, in ``in_blocks`` equal parts; the layers above a bidirectional one read two parts.
+    ``dropout`` is applied to the input of each layer but the first. With ``recompute`` the gates are not kept for
+    backward but computed again there.
+
+    Raises: ValueError when a shape, a width, the batch sizes or the number of weights does not fit, TypeError when
+    dtypes differ.
+    Numerics: 16-bit inputs are multiplied and summed in float32 and rounded at each step's output.
+    Source: Li et al., Subnetwork-to-go (arXiv 2312.03464), section 2.
+    """
+    op, directions = "slim_gru", 2 if bidirectional else 1
+    per, h, _ = check_layers(op, x, weights, 3, hidden_size, None, num_layers, directions, in_blocks, counts=(2, 4))
+    batch = check_steps(op, x, batch_sizes)
+    if state is None and batch_sizes is not None:
+        state = x.new_zeros(num_layers * directions, batch, h)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, state = x.to(dtype), None if state is None else state.to(dtype)
+        weights = [w.to(dtype) for w in weights]
+    save = not recompute and grad_needed(x, state, *weights)
+    default = torch.ops.slimkernels.slim_gru.default
+
+    def run(x, states, weights, blocks):
+        return default(x, states[0], weights, batch_sizes, bidirectional, h, blocks, save)[:2]
+
+    y, h_n = run_layers(
+        op, run, x, weights, (state,), (h,), per * directions, num_layers, directions, in_blocks, batch, dropout
+    )
+    return y, h_n
+
+
+def _fake(x, h0, weights, batch_sizes, bidirectional, hidden_size, in_blocks, save):
+    d = 2 if bidirectional else 1
+    batch = x.shape[1] if batch_sizes is None else h0.shape[1]
+    return (
+        x.new_empty((*x.shape[:-1], d * hidden_size)),
+        x.new_empty((d, batch, hidden_size)),
+        x.new_empty((d, *x.shape[:-1], 4, hidden_size) if save else (0,)),
+    )
+
+
+def _backward_fake(
+    dy,
+    dh_n,
+    x,
+    h0,
+    weights,
+    batch_sizes,
+    y,
+    gates,
+    bidirectional,
+    hidden_size,
+    in_blocks,
+    need_dx,
+    need_dstate,
+    need_dw,
+):
+    d = 2 if bidirectional else 1
+    batch = x.shape[1] if batch_sizes is None else h0.shape[1]
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty((d, batch, hidden_size) if need_dstate else (0,)),
+        [w.new_empty(w.shape) for w in weights] if need_dw else [],
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, h0, weights, batch_sizes, *ctx.sizes, ctx.saved = inputs
+    y, _, gates = output
+    ctx.count = len(weights)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gates)
+    kept = (y, gates) if ctx.saved else (None, None)
+    ctx.save_for_backward(x, h0, batch_sizes, *kept, *weights)
+
+
+def _backward(ctx, dy, dh_n, *_):
+    x, h0, batch_sizes, y, gates, *weights = ctx.saved_tensors
+    if not ctx.saved:
+        y, _, gates = torch.ops.slimkernels.slim_gru.default(x, h0, weights, batch_sizes, *ctx.sizes, True)
+    need_x, need_h, need_weights, *_ = ctx.needs_input_grad
+    need_dw = any(need_weights)
+    dx, dh0, dw = torch.ops.slimkernels.slim_gru_backward.default(
+        dy, dh_n, x, h0, weights, batch_sizes, y, gates, *ctx.sizes, need_x, need_h, need_dw
+    )
+    dw = [g if need else None for g, need in zip(dw, need_weights, strict=True)] if need_dw else [None] * ctx.count
+    return dx if need_x else None, dh0 if need_h else None, dw, *([None] * 5)
+
+
+define(
+    "slim_gru(Tensor x, Tensor? h0, Tensor[] weights, Tensor? batch_sizes, bool bidirectional, SymInt hidden_size,"
+    " SymInt in_blocks, bool save) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    default=reference.slim_gru,
+)
+define(
+    "slim_gru_backward(Tensor? dy, Tensor? dh_n, Tensor x, Tensor? h0, Tensor[] weights, Tensor? batch_sizes, Tensor y,"
+    " Tensor gates, bool bidirectional, SymInt hidden_size, SymInt in_blocks, bool need_dx, bool need_dstate,"
+    " bool need_dw) -> (Tensor, Tensor, Tensor[])",
+    fake=_backward_fake,
+    default=reference.slim_gru_backward,
+)
+autograd("slim_gru", _backward, _setup_context)
