@@ -1,5 +1,6 @@
 """Drop-in slimmable modules: subclasses of the torch modules with the same constructors and state_dict keys."""
 
+from slimkernels.nn.batch_norm import SlimBatchNorm1d, SlimBatchNorm2d, SlimBatchNorm3d
 from slimkernels.nn.conv import (
     SlimConv1d,
     SlimConv2d,
@@ -11,6 +12,9 @@ from slimkernels.nn.conv import (
 from slimkernels.nn.linear import SlimLinear
 
 __all__ = [
+    "SlimBatchNorm1d",
+    "SlimBatchNorm2d",
+    "SlimBatchNorm3d",
     "SlimConv1d",
     "SlimConv2d",
     "SlimConv3d",

@@ -13,7 +13,9 @@ class SlimModule:
     are no leading slice: ``in_index`` then lists them.
     """
 
-    in_index: Tensor | None  # (k,) int64 positions of the active inputs in the full weight, or None: a leading (block) slice
+    in_index: (
+        Tensor | None
+    )  # (k,) int64 positions of the active inputs in the full weight, or None: a leading (block) slice
 
     def _init_width(self, full: int) -> None:
         self.full_width = full

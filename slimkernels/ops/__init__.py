@@ -3,10 +3,11 @@
 # Importing the extension registers its kernels; the schemas above must exist by then for its checks to see them.
 from slimkernels import _extension  # noqa: F401
 from slimkernels.ops.activation import activation
+from slimkernels.ops.slim_batch_norm import slim_batch_norm
 from slimkernels.ops.slim_conv import slim_conv
 from slimkernels.ops.slim_conv_transpose import slim_conv_transpose
 from slimkernels.ops.slim_gru import slim_gru
 from slimkernels.ops.slim_linear import slim_linear
 from slimkernels.ops.slim_lstm import slim_lstm
 
-__all__ = ["activation", "slim_conv", "slim_conv_transpose", "slim_gru", "slim_linear", "slim_lstm"]
+__all__ = ["activation", "slim_batch_norm", "slim_conv", "slim_conv_transpose", "slim_gru", "slim_linear", "slim_lstm"]

@@ -1,0 +1,189 @@
+"""``slim_batch_norm``: batch norm, residual add and activation, on the first channels of full-size parameters."""
+
+import torch
+from torch import Tensor
+
+from slimkernels.ops._common import (
+    OUTPUT_ACTIVATIONS,
+    autocast_dtype,
+    autograd,
+    check_activation,
+    check_float,
+    check_same_dtype_device,
+    check_shape,
+    define,
+)
+from slimkernels.reference import slim_batch_norm as reference
+from slimkernels.reference.slim_batch_norm import statistics_dtype
+
+
+def slim_batch_norm(
+    x: Tensor,  # (N, c, *), c <= C
+    running_mean: Tensor | None,  # (C,) or None
+    running_var: Tensor | None,  # (C,) or None
+    weight: Tensor | None = None,  # (C,) or None
+    bias: Tensor | None = None,  # (C,) or None
+    *,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,  # a number, or a tensor of one element (cumulative average: 1 / batches so far)
+    eps: float = 1e-5,
+    activation: str = "none",
+    residual: Tensor | None = None,  # (N, c, *), added before the activation
+) -> Tensor:  # (N, c, *)
+    """Batch norm with the first ``c`` entries of full-size parameters and statistics.
+
+    Equivalent to ``act(F.batch_norm(x, running_mean[:c], running_var[:c], weight[:c], bias[:c], training, momentum,
+    eps) + residual)``: when training, the first ``c`` running statistics are updated in place and the others stay (an
+    empty batch changes none). Works on contiguous and channels-last input of any rank >= 2; the output has the layout
+    of ``x``. Backward recomputes the normalised input from ``x``, so that nothing but ``x`` (and, with a residual, the
+    output or the residual) is kept.
+
+    Raises: ValueError when a shape, the activation's name, a missing running statistic or a batch of one value per
+    channel in training does not fit, TypeError for dtypes: ``x`` and ``residual`` share one; parameters and statistics
+    have that one or float32.
+    Numerics: 16-bit inputs are computed in float32 and rounded once, at the store; means and variances are float32,
+    merged from blocks (never as a difference of large sums).
+    Source: Ioffe and Szegedy, Batch Normalization (arXiv 1502.03167); Yu et al., Slimmable Neural Networks (arXiv
+    1812.08928).
+    """
+    op = "slim_batch_norm"
+    check_float(op, x)
+    check_activation(op, activation)
+    if x.dim() < 2:
+        raise ValueError(f"{op}: expected x to have at least 2 dimensions (N, c, *), got shape {tuple(x.shape)}")
+    c = x.shape[1]
+    if c < 1:
+        raise ValueError(f"{op}: expected x to have at least 1 channel, got shape {tuple(x.shape)}")
+    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
+        check_channels(op, name, t, x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{op}: expected running_mean and running_var to be both given or both None, got one of them")
+    if running_mean is None and not training:
+        raise ValueError(f"{op}: expected running_mean and running_var when training is False, got None")
+    if residual is not None:
+        check_shape(op, "residual", residual, x.shape)
+        if autocast_dtype(x) is not None:
+            residual = residual.to(x.dtype)
+        check_same_dtype_device(op, x, residual=residual)
+    if not training:
+        y, _, _ = torch.ops.slimkernels.slim_batch_norm.default(
+            x, running_mean, running_var, weight, bias, False, eps, activation, residual
+        )
+        return y
+    count = x.numel() // c
+    if count == 1:
+        raise ValueError(f"{op}: expected more than 1 value per channel in training, got shape {tuple(x.shape)}")
+    y, mean, var = torch.ops.slimkernels.slim_batch_norm.default(
+        x, None, None, weight, bias, True, eps, activation, residual
+    )
+    if running_mean is not None and running_var is not None and count > 0:
+        update_running(running_mean, mean, momentum)
+        update_running(running_var, var * (count / (count - 1)), momentum)
+    return y
+
+
+def update_running(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """``running[:c] += momentum * (batch - running[:c])`` in place, with ``batch`` of ``c`` entries."""
+    with torch.no_grad():
+        active = running[: batch.shape[0]]
+        if isinstance(momentum, Tensor):
+            momentum = momentum.to(active.dtype)
+        active.lerp_(batch.to(active.dtype), momentum)
+
+
+def check_channels(op: str, name: str, t: Tensor | None, x: Tensor, dim: int = 1) -> None:
+    """``t`` is a full-size vector for the active channels of ``x``."""
+    if t is None:
+        return
+    c = x.shape[dim]
+    if t.dim() != 1 or t.shape[0] < c:
+        where = "x.shape[-1]" if dim == -1 else f"x.shape[{dim}]"
+        raise ValueError(f"{op}: expected {name} of shape (C,) with C >= {where}={c}, got {tuple(t.shape)}")
+    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+        extra = " or float32" if x.dtype in (torch.bfloat16, torch.float16) else ""
+        raise TypeError(f"{op}: expected {name} of dtype {x.dtype}{extra}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: expected {name} on device {x.device} like x, got {t.device}")
+
+
+def _fake(x, running_mean, running_var, weight, bias, training, eps, activation, residual):
+    statistics = x.new_empty(x.shape[1], dtype=statistics_dtype(x))
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+def _backward_fake(
+    dy,
+    x,
+    mean,
+    var,
+    weight,
+    bias,
+    output,
+    residual,
+    training,
+    eps,
+    activation,
+    need_dx,
+    need_dw,
+    need_db,
+    need_dresidual,
+):
+    return (
+        torch.empty_like(x) if need_dx else dy.new_empty(0),
+        weight.new_empty(weight.shape) if need_dw else dy.new_empty(0),
+        bias.new_empty(bias.shape) if need_db else dy.new_empty(0),
+        torch.empty_like(x) if need_dresidual else dy.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, _, _, weight, bias, ctx.training, ctx.eps, ctx.activation, residual = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    # Without a residual the activation's input is recomputed from x; with one, the output or the residual is read
+    # instead.
+    by_output = ctx.activation in OUTPUT_ACTIVATIONS
+    keeps = residual is not None and ctx.activation != "none"
+    ctx.save_for_backward(
+        x, mean, var, weight, bias, y if keeps and by_output else None, residual if keeps and not by_output else None
+    )
+
+
+def _backward(ctx, dy, dmean, dvar):
+    if dy is None:
+        return (None,) * 9
+    x, mean, var, weight, bias, output, residual = ctx.saved_tensors
+    need_dx, need_dw, need_db, need_dresidual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 8))
+    plain = ctx.activation == "none"
+    dx, dw, db, dresidual = torch.ops.slimkernels.slim_batch_norm_backward.default(
+        *(dy, x, mean, var, weight, bias, output, residual, ctx.training, ctx.eps, ctx.activation),
+        *(need_dx, need_dw, need_db, need_dresidual and not plain),
+    )
+    if need_dresidual and plain:
+        dresidual = dy
+    return (
+        dx if need_dx else None,
+        None,
+        None,
+        dw if need_dw else None,
+        db if need_db else None,
+        *([None] * 3),
+        dresidual if need_dresidual else None,
+    )
+
+
+define(
+    "slim_batch_norm(Tensor x, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, bool training,"
+    " float eps, str activation, Tensor? residual) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    default=reference.slim_batch_norm,
+)
+define(
+    "slim_batch_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+    " Tensor? output, Tensor? residual, bool training, float eps, str activation, bool need_dx, bool need_dw,"
+    " bool need_db, bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    default=reference.slim_batch_norm_backward,
+)
+autograd("slim_batch_norm", _backward, _setup_context)
