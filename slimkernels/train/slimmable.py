@@ -1,0 +1,142 @@
+"""The trainer of slimmable networks."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels.train._common import move, split_batch, unwrap
+from slimkernels.train.data import iter_is_self
+from slimkernels.train.distill import Distillation, distillation
+from slimkernels.train.evaluate import Metric, evaluate
+from slimkernels.train.loop import Row, Trainer
+from slimkernels.train.progress import label
+from slimkernels.train.step import LossFn, elastic_widths, make_sampler, sandwich_step
+from slimkernels.train.widths import WidthSampler, spaced
+
+
+class SlimmableTrainer(Trainer):
+    """Trains an elastic model with ``sandwich_step`` and validates it at several widths.
+
+    Args:
+        model: what ``elastic.convert`` gave, as it is, compiled or in DistributedDataParallel.
+        loss_fn: (output, targets) -> scalar.
+        train_loader: gives (inputs, targets).
+        val_loader: likewise; None: no validation.
+        widths, rule, distill, temperature, distill_weight: see ``sandwich_step``; ``rule`` may be a ``WidthSampler``.
+        eval_widths: the widths of the validation; None: the model's listed ones, or four over its range.
+        metrics: name -> (output, targets) -> values, or a torchmetrics object; None: top-1 accuracy.
+        calibrate: recompute batch-norm statistics of the evaluated widths before each validation. None: when the
+            model's norm mode is `universal`.
+        calibration_loader: where those statistics come from; None: the training data.
+        calibration_batches: at most so many batches of it; None: all.
+        options: every keyword of ``Trainer``: scheduler, amp, clip_grad, ema, checkpoint_dir, seed and so on.
+
+    Raises: ValueError when an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        optimizer: torch.optim.Optimizer,
+        *,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        widths: int | Sequence[float] | None = None,
+        rule: str | WidthSampler = "sandwich",
+        distill: str | Distillation | None = "kl",
+        temperature: float = 1.0,
+        distill_weight: float = 1.0,
+        eval_widths: Sequence[float] | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        calibrate: bool | None = None,
+        calibration_loader: Iterable[Any] | None = None,
+        calibration_batches: int | None = 32,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, optimizer, train_loader=train_loader, val_loader=val_loader, **options)
+        self.loss_fn, self.metrics = loss_fn, metrics
+        self.distill, self.distill_weight = distillation(distill, temperature), distill_weight
+        if isinstance(rule, WidthSampler):
+            self.sampler = rule
+        else:
+            self.sampler = make_sampler(model, widths, rule, seed=self.data.seed)
+        self.eval_widths = list(eval_widths) if eval_widths is not None else self._default_eval_widths()
+        self.calibrate = self._needs_calibration() if calibrate is None else calibrate
+        self.calibration_loader = train_loader if calibration_loader is None else calibration_loader
+        self.calibration_batches = calibration_batches
+        if self.calibrate and val_loader is not None:
+            self._check_calibration_loader()
+
+    def training_step(self, batch: Any) -> dict[Any, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = sandwich_step(
+            self.model,
+            batch,
+            self.loss_fn,
+            None,
+            rule=self.sampler,
+            distill=self.distill,
+            distill_weight=self.distill_weight,
+            amp=self.amp,
+            scaler=self.scaler,
+        )
+        self.finish_step()
+        return losses
+
+    def named_losses(self, losses: dict[Any, Tensor]) -> dict[str, Tensor]:
+        """The random widths of a range, other ones every step, go under `between`."""
+        if self.sampler.range is None:
+            return super().named_losses(losses)
+        named = {label(w): loss for w, loss in losses.items() if w in self.sampler.range}
+        between = [loss for w, loss in losses.items() if w not in self.sampler.range]
+        return {**named, "between": torch.stack(between).mean()} if between else named
+
+    def validate(self, model: nn.Module) -> list[Row]:
+        if self.calibrate:
+            self._calibrate(model)
+        assert self.val_loader is not None
+        found = evaluate(model, self.val_loader, self.eval_widths, self.metrics, amp=self.amp)
+        return [{"width": w, **metrics} for w, metrics in found.items()]
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"sampler": self.sampler.state_dict()}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state["sampler"])
+
+    def loaders(self) -> list[Any]:
+        return [*super().loaders(), self.calibration_loader]
+
+    def _calibrate(self, model: nn.Module) -> None:
+        from slimkernels import elastic
+
+        batches = itertools.islice(self.calibration_loader, self.calibration_batches)
+        elastic.calibrate(model, (move(split_batch(batch)[0], self.device) for batch in batches), self.eval_widths)
+
+    def _default_eval_widths(self) -> list[float]:
+        choices = elastic_widths(self.model)
+        return spaced(choices, 4) if isinstance(choices, tuple) else sorted(choices, reverse=True)
+
+    def _needs_calibration(self) -> bool:
+        from slimkernels import elastic
+
+        inner = unwrap(self.model)
+        has_statistics = any(hasattr(module, "start_calibration") for module in inner.modules())
+        return has_statistics and elastic.plan(inner).norm == "universal"
+
+    def _check_calibration_loader(self) -> None:
+        shared = self.calibration_loader is self.data.loader
+        if shared and getattr(self.data.loader, "persistent_workers", False):
+            raise ValueError(
+                "SlimmableTrainer: expected calibration_loader, since a train_loader with persistent_workers cannot be "
+                "read a second time in mid-epoch, got None"
+            )
+        if iter_is_self(self.calibration_loader):
+            kind = type(self.calibration_loader).__name__
+            raise ValueError(
+                f"SlimmableTrainer: expected a calibration_loader that can be iterated every time, got a {kind}"
+            )

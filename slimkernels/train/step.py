@@ -1,0 +1,210 @@
+"""One training step of a slimmable network, for any training loop."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels.train._common import autocast, call, map_tensors, split_batch, unwrap, without_reduction
+from slimkernels.train.distill import Distillation, distillation
+from slimkernels.train.widths import WidthSampler, check_widths
+
+LossFn = Callable[[Any, Any], Tensor]  # (output, targets) -> scalar
+
+
+def sandwich_step(
+    model: nn.Module,
+    batch: tuple[Any, Any],
+    loss_fn: LossFn,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    widths: int | Sequence[float] | None = None,
+    distill: str | Distillation | None = "kl",
+    rule: str | WidthSampler = "sandwich",
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    distill_weight: float = 1.0,
+    amp: str | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_grad: float | None = None,
+) -> dict[float, Tensor]:
+    """Trains several widths of an elastic model on one batch: their gradients are summed, then the optimizer steps
+    once.
+
+    Every width's backward runs right after its forward, so the activations of one width at most are alive. With the
+    rules `sandwich` and `all` the widest network runs first and learns from the targets; its detached output teaches
+    the others (in-place distillation). With `random` and `alternate`, or ``distill=None``, every width learns from the
+    targets. The model's width is the same after the step as before, also when the step raises.
+
+    Under DistributedDataParallel the gradients are reduced once, in the last pass. Parameters that this pass does not
+    use (the affine parameters of other widths in a switchable batch norm, skipped blocks) need
+    ``find_unused_parameters=True``, as in any DistributedDataParallel model.
+
+    Args:
+        model: what ``elastic.convert`` gave, as it is, compiled or in DistributedDataParallel.
+        batch: (inputs, targets); inputs are a tensor, a tuple of arguments or a dict of keyword arguments.
+        loss_fn: (output, targets) -> scalar.
+        optimizer: None leaves zeroing the gradients, clipping and stepping to the caller: the gradients are added to
+            those there.
+        widths: how many widths the rule draws from the model's own (None: 4, or 1 for `random`), or a list: exactly
+            these (for `random`: one of these; for `alternate`: one after another).
+        distill: `kl`, `ce`, `alpha`, a function (student output, teacher output) -> scalar, or None.
+        rule: `sandwich`, `all`, `random` or `alternate` (see ``WidthSampler``), or a ``WidthSampler`` of your own,
+            which then decides the widths.
+        generator: the CPU generator that random widths are drawn from. None: one that is seeded with 0 and kept for
+            this model, so that every rank draws the same.
+        temperature: of the named distillation losses.
+        distill_weight: a student's loss is ``weight * distillation + (1 - weight) * loss_fn``.
+        amp: `bf16` or `fp16` autocast of the forward passes; None leaves the caller's setting.
+        scaler: a gradient scaler for fp16; the losses are scaled by it and the optimizer steps through it.
+        clip_grad: largest norm of all gradients together, clipped before the optimizer steps.
+
+    Returns: each width's loss, detached, in the order in which they ran.
+    Raises: ValueError when the batch is no pair, a width is not in (0, 1] or an argument's name is unknown; TypeError
+        when
+        distillation is asked by name and the outputs are not tensors.
+    Source: Yu and Huang, Universally Slimmable Networks (arXiv 1903.05134), section 3.
+    """
+    sampler = _sampler(model, widths, rule, generator)
+    if optimizer is None and clip_grad is not None:
+        raise ValueError("sandwich_step: expected optimizer when clip_grad is given, got None")
+    if optimizer is not None:
+        optimizer.zero_grad(set_to_none=True)
+    losses = accumulate_passes(
+        model,
+        batch,
+        loss_fn,
+        sampler.sample(),
+        distill=distillation(distill, temperature) if sampler.teaches else None,
+        distill_weight=distill_weight,
+        amp=amp,
+        scaler=scaler,
+    )
+    if optimizer is not None:
+        optimizer_step(model, optimizer, scaler=scaler, clip_grad=clip_grad)
+    return losses
+
+
+def accumulate_passes(
+    model: nn.Module,
+    batch: tuple[Any, Any],
+    loss_fn: LossFn,
+    widths: Sequence[float],
+    *,
+    distill: Distillation | None = None,
+    distill_weight: float = 1.0,
+    amp: str | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> dict[float, Tensor]:
+    """Forward and backward of every width in turn; the gradients add up in ``.grad``, reduced over ranks in the last
+    pass.
+
+    With ``distill`` the first width is the teacher. This is the one place where the passes' backward runs: a context
+    that accumulates straight into slices of the gradient buffers belongs around its loop.
+
+    Returns: each width's loss, detached.
+    """
+    from slimkernels import elastic
+
+    inner = unwrap(model)
+    inputs, targets = split_batch(batch)
+    losses: dict[float, Tensor] = {}
+    teacher: Any = None
+    for i, w in enumerate(widths):
+        last = i == len(widths) - 1
+        with elastic.width(inner, w), nullcontext() if last else without_reduction(model):
+            with autocast(inner, amp):
+                output = call(model, inputs)
+                if distill is None or i == 0:
+                    loss = loss_fn(output, targets)
+                else:
+                    loss = distill(output, teacher)
+                    if distill_weight != 1:
+                        loss = distill_weight * loss + (1 - distill_weight) * loss_fn(output, targets)
+            if distill is not None and i == 0 and not last:
+                teacher = map_tensors(output, Tensor.detach)
+            del output
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        losses[w] = loss.detach()
+        del loss  # with it the graph: nothing of this pass is alive when the next one begins
+    return losses
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    clip_grad: float | None = None,
+) -> bool:
+    """Unscales, clips and steps.
+
+    Returns: False when the scaler skipped the step because a gradient was not finite.
+    """
+    if clip_grad is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    if scaler is None:
+        optimizer.step()
+        return True
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before
+
+
+class _Draws:
+    """What a model's steps remember when the caller keeps no sampler: the generator and the number of steps."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.steps = 0
+
+
+_draws: weakref.WeakKeyDictionary[nn.Module, _Draws] = weakref.WeakKeyDictionary()
+
+
+def _sampler(
+    model: nn.Module, widths: int | Sequence[float] | None, rule: str | WidthSampler, generator: torch.Generator | None
+) -> WidthSampler:
+    if isinstance(rule, WidthSampler):
+        if widths is not None or generator is not None:
+            raise ValueError("sandwich_step: expected no widths and no generator beside a WidthSampler, got one")
+        return rule
+    inner = unwrap(model)
+    draws = _draws.setdefault(inner, _Draws())
+    sampler = make_sampler(inner, widths, rule, generator=draws.generator if generator is None else generator)
+    sampler.steps = draws.steps
+    draws.steps += 1
+    return sampler
+
+
+def make_sampler(
+    model: nn.Module,
+    widths: int | Sequence[float] | None = None,
+    rule: str = "sandwich",
+    *,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+) -> WidthSampler:
+    """The sampler for an elastic model: ``widths`` is how many to draw from its own, or a list of those to run."""
+    if widths is None or isinstance(widths, int):
+        return WidthSampler(elastic_widths(model), rule, widths, seed=seed, generator=generator)
+    listed = check_widths("sandwich_step", list(widths))
+    count = len(listed) if rule == "sandwich" else None
+    return WidthSampler(listed, rule, count, seed=seed, generator=generator)
+
+
+def elastic_widths(model: nn.Module) -> tuple[float, float] | list[float]:
+    """The widths an elastic model was converted for, as ``WidthSampler`` takes them: a range or a list.
+
+    Raises: ValueError when the model was not made by ``elastic.convert``.
+    """
+    from slimkernels import elastic
+
+    plan = elastic.plan(unwrap(model))
+    return list(plan.widths) if plan.listed else (plan.widths[0], plan.widths[-1])
