@@ -13,7 +13,15 @@ def cpu_extension():
     from torch.utils.cpp_extension import CppExtension
 
     debug = os.environ.get("DEBUG") == "1"
-    compile_args = ["-std=c++20", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-fopenmp", "-fvisibility=hidden"]
+    compile_args = [
+        "-std=c++20",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+        "-Wno-unknown-pragmas",
+        "-fopenmp",
+        "-fvisibility=hidden",
+    ]
     # at::parallel_for is silently serial without -fopenmp. No ISA flag and no fast-math: each kernel file is compiled once
     # per instruction set (csrc/cpu/foreach_isa.h) and the right copy is picked when it runs. These three change no result
     # that C++ defines, and let sqrt, comparisons and a * b + c become single vector instructions.

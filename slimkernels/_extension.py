@@ -16,7 +16,10 @@ def _load() -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         return None, "not built (install with a C++ compiler and without SLIMKERNELS_CPP=0)"
     except ImportError as error:
-        return None, f"built for another torch or machine ({error}); reinstall with 'pip install --no-build-isolation .'"
+        return (
+            None,
+            f"built for another torch or machine ({error}); reinstall with 'pip install --no-build-isolation .'",
+        )
 
 
 _C, reason_missing = _load()

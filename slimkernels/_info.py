@@ -1,0 +1,93 @@
+"""What ``slimkernels info`` tells: what was built, what is in use, and why anything is off.
+
+Nothing here initialises CUDA or imports Triton: asking must not take a GPU.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from slimkernels import ops
+from slimkernels._extension import cpp_available, cpp_info, reason_missing
+from slimkernels._version import __version__
+
+Section = dict[str, str]
+
+
+def collect() -> dict[str, Section]:
+    """Section -> name -> what to tell."""
+    return {"slimkernels": _package(), "CPU": _cpu(), "GPU": _gpu(), "ops on the CPU": _ops()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package() -> Section:
+    found = {
+        name: _version(name) or "not installed"
+        for name in ("torch-pruning", "safetensors", "matplotlib", "tensorboard")
+    }
+    where = str(Path(ops.__file__).parent.parent)
+    return {
+        "version": __version__,
+        "from": where,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+    } | found
+
+
+def _cpu() -> Section:
+    capability = torch.backends.cpu.get_cpu_capability()
+    section = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores seen, torch uses {torch.get_num_threads()} threads"
+    }
+    section["instruction set of torch"] = capability
+    if not cpp_available():
+        return section | {"C++ kernels": f"off: {reason_missing}; every op runs its PyTorch reference"}
+    details = {f"C++ kernels, {key}": value for key, value in cpp_info().items() if key != "isa"}
+    return section | {"C++ kernels": f"on, instruction set in use: {cpp_info()['isa']}"} | details
+
+
+def _gpu() -> Section:
+    section: Section = {}
+    version = torch.version.cuda or getattr(torch.version, "hip", None)
+    devices = Path("/proc/driver/nvidia/gpus")
+    if version is None:
+        section["torch"] = "off: this build of torch has no CUDA; install one that has, from pytorch.org"
+    else:
+        section["torch"] = f"built for CUDA {version}"
+    try:
+        count = len(list(devices.iterdir()))
+        section["driver"] = f"{count} NVIDIA GPU{'s' if count != 1 else ''} seen"
+    except OSError:
+        section["driver"] = "no NVIDIA driver seen on this machine"
+    triton = _version("triton")
+    section["Triton"] = triton or "off: not installed ('pip install triton' on Linux)"
+    for module, name in (("triton_kernels", "Triton kernels"), ("_cuda", "CUDA kernels")):
+        if importlib.util.find_spec(f"slimkernels.{module}") is None:
+            section[name] = "off: not part of this build; ops on CUDA tensors run their PyTorch reference"
+        else:
+            section[name] = "installed, loaded at the first use of a CUDA tensor"
+    return section
+
+
+def _ops() -> Section:
+    """Each op of the library and which implementation the dispatcher takes for a CPU tensor."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    section = {}
+    for name in sorted(set(ops.__all__)):
+        if not hasattr(torch.ops.slimkernels, name):
+            section[name] = "composed of other ops"
+        elif has_kernel(f"slimkernels::{name}", "CPU"):
+            section[name] = "C++"
+        else:
+            section[name] = "PyTorch reference"
+    return section
