@@ -55,7 +55,8 @@ def slim_linear(
     check_shape(op, "residual", residual, (*x.shape[:-1], n))
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight, bias, residual = (None if t is None else t.to(dtype) for t in (x, weight, bias, residual))
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
     check_same_dtype_device(op, x, weight=weight, bias=bias, residual=residual)
     run = torch.ops.slimkernels.slim_linear.default
     if activation not in OUTPUT_ACTIVATIONS and grad_needed(x, weight, bias, residual):

@@ -55,8 +55,8 @@ def slim_lstm(
     if not save:
         return y, h_n, c_n, x.new_empty(0), x.new_empty(0)
     kept_gates, kept_cells = torch.stack(all_gates).to(x.dtype), torch.stack(all_cells).to(x.dtype)
-    at = (len(found), *lead)
-    return y, h_n, c_n, kept_gates.view(*at, 4, hidden_size), kept_cells.view(*at, hidden_size)
+    shape = (len(found), *lead)
+    return y, h_n, c_n, kept_gates.view(*shape, 4, hidden_size), kept_cells.view(*shape, hidden_size)
 
 
 def slim_lstm_backward(

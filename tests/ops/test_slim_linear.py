@@ -69,11 +69,7 @@ def test_slim_linear_layouts(dtype, device):
 def test_slim_linear_blocks(in_blocks, out_blocks, dtype):
     args, kwargs = sample(13, 5 * out_blocks, 7 * in_blocks, 8 * out_blocks, 12 * in_blocks)
     check_as_good_as_pytorch(
-<<<<<<< HEAD
         slim_linear, oracle, args, kwargs | {"in_blocks": in_blocks, "out_blocks": out_blocks}, dtype
-=======
-        slim_linear, oracle, args, kwargs | dict(in_blocks=in_blocks, out_blocks=out_blocks), dtype
->>>>>>> 50924dc (Data readers, info command, Makefile and CI entry; prose lines may run to 130 columns)
     )
 
 
