@@ -9,6 +9,7 @@ from slimkernels.nn.conv import (
     SlimConvTranspose2d,
     SlimConvTranspose3d,
 )
+from slimkernels.nn.embedding import SlimEmbedding
 from slimkernels.nn.linear import SlimLinear
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "SlimConvTranspose1d",
     "SlimConvTranspose2d",
     "SlimConvTranspose3d",
+    "SlimEmbedding",
     "SlimLinear",
 ]
