@@ -1,0 +1,80 @@
+// Each channel on its own: its statistics, then its output, while what fits of it is in the cache.
+
+template <typename T>
+void forward_planes(const ForwardCall<T>& call) {
+  const auto [rows, samples, channels, length] = call.layout;
+  SK_SWITCH_ACTIVATION(call.activation, [&, samples = samples, channels = channels, length = length] {
+    at::parallel_for(0, channels, std::max<int64_t>(1, 32768 / (samples * length)), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        if (call.training) {
+          const Moments moments = plane_moments(call.x.plane(0, c), samples, call.x.outer, length);
+          call.mean[c] = static_cast<float>(moments.mean);
+          call.var[c] = static_cast<float>(moments.m2 / moments.count);
+        }
+        const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}};
+        for (int64_t n = 0; n < samples; ++n) {
+          normalize<act>(call.x.plane(n, c), call.residual.plane(n, c), call.y.plane(n, c), length, a);
+        }
+      }
+    });
+  });
+}
+
+template <Activation act, bool kSaved, typename T>
+void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, float invstd) {
+  const auto [rows, samples, channels, length] = call.layout;
+  // Where dz is stored anyway, or is dear, the second pass reads it back.
+  constexpr bool dear = act != Activation::kNone && act != Activation::kRelu && act != Activation::kRelu6;
+  const bool stash = call.dz.data || (dear && call.dx.data && call.need_sums);
+  const Operand<T> dz = call.dz.data ? call.dz : call.dx;
+  double sum_dz = 0, sum_dzx = 0;
+  if (call.need_sums || call.dz.data) {
+    for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t i = 0; i < length; i += kPiece) {
+        vf block_dz = splat(0), block_dzx = splat(0);
+        // Short planes: several go into one block before the sums leave the vectors.
+        const int64_t last = length < kPiece ? std::min(samples, n + std::max<int64_t>(1, kPiece / length)) : n + 1;
+        for (;; ++n) {
+          reduce_segment<act, kSaved>(call.dy.plane(n, c) + i, call.x.plane(n, c) + i, kSaved ? call.saved.plane(n, c) + i : nullptr,
+                                      stash ? dz.plane(n, c) + i : nullptr, std::min(kPiece, length - i), a, block_dz, block_dzx);
+          if (n + 1 == last) break;
+        }
+        sum_dz += sum(block_dz);
+        sum_dzx += sum(block_dzx);
+      }
+    }
+  }
+  call.db[c] = static_cast<float>(sum_dz);
+  call.dw[c] = static_cast<float>(sum_dzx * invstd);
+  if (!call.dx.data) return;
+  const double count = call.training ? static_cast<double>(samples * length) : 0;
+  const double mean_dz = count ? sum_dz / count : 0, mean_dzx = count ? sum_dzx * invstd * invstd / count : 0;
+  const Splat slope{static_cast<float>(-mean_dzx * a.scale.value)}, offset{static_cast<float>(-mean_dz * a.scale.value)};
+  for (int64_t n = 0; n < samples; ++n) {
+    if (stash) {
+      dx_segment<Activation::kNone, false, T>(dz.plane(n, c), call.x.plane(n, c), nullptr, call.dx.plane(n, c), length, a, slope,
+                                              offset);
+    } else {
+      dx_segment<act, kSaved>(call.dy.plane(n, c), call.x.plane(n, c), call.saved.plane(n, c), call.dx.plane(n, c), length, a,
+                              slope, offset);
+    }
+  }
+}
+
+template <typename T>
+void backward_planes(const BackwardCall<T>& call) {
+  const int64_t size = call.layout.samples * call.layout.length;
+  SK_SWITCH_ACTIVATION(call.activation, [&] {
+    at::parallel_for(0, call.layout.channels, std::max<int64_t>(1, 32768 / size), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const float invstd = inverse_std(call.var[c], call.eps);
+        const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * invstd}, {call.bias[c]}};
+        if (call.saved.data) {
+          backward_channel<act, true>(call, c, a, invstd);
+        } else {
+          backward_channel<act, false>(call, c, a, invstd);
+        }
+      }
+    });
+  });
+}
