@@ -36,6 +36,7 @@ class DataStream:
         self.epoch = 0
         self.position = 0  # batches read in this epoch
         self._iterator: Iterator[Any] | None = None
+        self._ended = False
 
     def __len__(self) -> int:
         """Batches an epoch, 0 when the loader does not tell."""
@@ -45,10 +46,12 @@ class DataStream:
             return 0
 
     def next_batch(self) -> Any | None:
-        """The next batch; None once at the end of every epoch.
+        """The next batch; None at the end of the epoch, until ``next_epoch``.
 
         Raises: ValueError when an epoch has no batch; whatever the loader raises.
         """
+        if self._ended:
+            return None
         if self._iterator is None:
             self._iterator = self._start()
         try:
@@ -58,13 +61,17 @@ class DataStream:
                 raise EmptyEpochError(
                     "train: expected a train_loader with at least one batch an epoch, got none"
                 ) from None
-            self.epoch, self.position, self._iterator = self.epoch + 1, 0, None
+            self._ended = True
             return None
         except BaseException:
             self._iterator = None  # a generator that raised would only seem to end
             raise
         self.position += 1
         return batch
+
+    def next_epoch(self) -> None:
+        """Begins the next epoch."""
+        self.seek(self.epoch + 1, 0)
 
     @property
     def lost(self) -> bool:
@@ -86,7 +93,7 @@ class DataStream:
 
     def seek(self, epoch: int, position: int) -> None:
         """Goes to a position by reading the epoch's first ``position`` batches again."""
-        self.epoch, self.position, self._iterator = epoch, 0, None
+        self.epoch, self.position, self._iterator, self._ended = epoch, 0, None, False
         for _ in range(position):
             if self.next_batch() is None:
                 raise ValueError(

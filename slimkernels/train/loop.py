@@ -1,12 +1,9 @@
 """The one training loop: steps, epochs, checkpoints, exact resume, progress. What a step is, a subclass says."""
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +13,9 @@ from slimkernels.train._common import device_of, move, unwrap
 from slimkernels.train.checkpoint import CheckpointError, CheckpointStore, read
 from slimkernels.train.data import DataStream, EmptyEpochError, isolated_rng, rng_state, set_rng_state
 from slimkernels.train.ema import Ema
+from slimkernels.train.interrupt import Interrupt
 from slimkernels.train.progress import Display, label
+from slimkernels.train.ranks import gather, rank_and_size
 from slimkernels.train.step import optimizer_step
 
 Row = dict[str, Any]  # one line of a validation table: step, weights ("model" or "ema"), width, metrics
@@ -35,8 +34,7 @@ class Trainer:
 
     Two runs with the same seed and data give the same losses; a run that was killed and resumed gives the same losses
     as one that was not: a checkpoint holds the model, optimizer, scheduler, scaler, EMA, what the subclass adds, every
-        random state and the
-    position in the epoch's data. Validation draws no random number from the training's generators.
+    random state and the position in the epoch's data. Validation draws no random number from the training's generators.
 
     Ctrl-C ends the run after the current step with a checkpoint (a second one at once, without).
 
@@ -46,6 +44,7 @@ class Trainer:
         scheduler: stepped after every optimizer step, or every epoch (``scheduler_interval="epoch"``).
         amp: `bf16`, `fp16` (with a gradient scaler) or None.
         clip_grad: largest norm of all gradients together, or None.
+        accumulate: batches a step, whose gradients are averaged; the last step of an epoch takes what is left.
         ema: decay of an exponential moving average of the weights, or None; it is validated beside the model.
         validate_every: steps, or `epoch`.
         log_dir: where TensorBoard event files go, or None.
@@ -67,6 +66,7 @@ class Trainer:
         scheduler_interval: str = "step",
         amp: str | None = None,
         clip_grad: float | None = None,
+        accumulate: int = 1,
         ema: float | None = None,
         validate_every: int | str = "epoch",
         log_dir: str | os.PathLike | None = None,
@@ -82,6 +82,8 @@ class Trainer:
         for argument, value in (("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
             if value != "epoch" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected {argument} to be a number of steps or 'epoch', got {value!r}")
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise ValueError(f"{name}: expected accumulate to be a number of batches, got {accumulate!r}")
         if scheduler_interval not in ("step", "epoch"):
             raise ValueError(f"{name}: expected scheduler_interval 'step' or 'epoch', got {scheduler_interval!r}")
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -90,11 +92,11 @@ class Trainer:
             raise ValueError(f"{name}: expected amp to be 'bf16', 'fp16' or None, got {amp!r}")
         self.model, self.optimizer = model, optimizer
         self.device = device_of(model)
-        self.rank, self.world_size = _rank_and_size()
+        self.rank, self.world_size = rank_and_size()
         self.data = DataStream(train_loader, seed, self.rank)
         self.val_loader = val_loader
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
-        self.amp, self.clip_grad = amp, clip_grad
+        self.amp, self.clip_grad, self.accumulate = amp, clip_grad, accumulate
         self.scaler = torch.amp.GradScaler(self.device.type) if amp == "fp16" else None
         self.ema = None if ema is None else Ema(unwrap(model), ema)
         self.validate_every, self.checkpoint_every = validate_every, checkpoint_every
@@ -106,11 +108,12 @@ class Trainer:
         self._saved: tuple[int, int, int | None] | None = None  # what the last checkpoint written or read stands for
         self._validated: int | None = None
         self._rng: dict[str, Any] = {}  # before the next batch is fetched
-        self._interrupted = False  # Ctrl-C was pressed here
+        self._interrupt = Interrupt(self.display.say)
         self.stopped = False  # the last fit ended with Ctrl-C, on some rank
 
-    def training_step(self, batch: Any) -> dict[Any, Tensor]:
-        """Zeroes gradients, runs forward and backward and calls ``finish_step``; returns detached losses by name."""
+    def training_step(self, batches: list[Any]) -> dict[Any, Tensor]:
+        """Zeroes gradients, runs forward and backward of every batch (``accumulate`` of them, or fewer at the end of an
+        epoch) and calls ``finish_step``; returns detached losses by name."""
         raise NotImplementedError(f"{type(self).__name__} has no training_step")
 
     def validate(self, model: nn.Module) -> list[Row]:
@@ -158,18 +161,24 @@ class Trainer:
         if (epochs is None) == (steps is None):
             raise ValueError(f"{type(self).__name__}: expected either epochs or steps, got {epochs} and {steps}")
         self._begin(resume)
+        if len(set(gather(self.step, self.world_size))) > 1:
+            raise CheckpointError(
+                f"checkpoint: expected all ranks to resume at one step, got {self.step} on rank {self.rank}; "
+                "checkpoint_dir has to be one directory that every rank sees"
+            )
         if not unwrap(self.model).training:
             self.model.train()  # else the user's choice stands, module by module
-        with self._interrupt_handled(), self.display.running(self.step, self._total(epochs, steps)):
+        self.stopped = False
+        with self._interrupt.handled(), self.display.running(self.step, self._total(epochs, steps)):
             while not self._done(epochs, steps) and not self._stop_asked():
                 try:
-                    batch = self._next_batch()
+                    batches = self._next_batches()
                 except _Interrupted:
                     break
-                if batch is None:
+                if not batches:
                     self._end_epoch()
                     continue
-                losses = self.training_step(move(batch, self.device))
+                losses = self.training_step([move(batch, self.device) for batch in batches])
                 self.step += 1
                 self.display.step(self.step, self.data.epoch, self.named_losses(losses), self.optimizer)
                 if self.on_step is not None:
@@ -202,7 +211,7 @@ class Trainer:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "rng": _gather(rng, self.world_size),
+            "rng": gather(rng, self.world_size),
             "history": self.history,
             "validated": self._validated,
             "extra": self.extra_state(),
@@ -268,29 +277,37 @@ class Trainer:
                 "(trainer.store.clear())"
             )
 
-    def _next_batch(self) -> Any | None:
+    def _next_batches(self) -> list[Any]:
+        """The batches of the next step; none at the end of an epoch.
+
+        When the loader fails, the position goes back to where the last step left it.
+        """
         if self.data.lost:  # an earlier fit ended with an error of the loader
             self.data.seek(self.data.epoch, self.data.position)
             set_rng_state(self._rng)
         self._rng = rng_state()
-        where = f"step {self.step + 1} (epoch {self.data.epoch + 1}, batch {self.data.position + 1})"
+        start = self.data.position
+        batches: list[Any] = []
         try:
-            batch = self.data.next_batch()
+            while len(batches) < self.accumulate and (batch := self.data.next_batch()) is not None:
+                batches.append(batch)
         except EmptyEpochError:
             raise
         except Exception as error:
-            if self._interrupted and self.world_size == 1:  # Ctrl-C reached the loader's worker processes too
+            where = f"step {self.step + 1} (epoch {self.data.epoch + 1}, batch {self.data.position + 1})"
+            self.data.position = start
+            if self._interrupt.pressed and self.world_size == 1:  # Ctrl-C reached the loader's worker processes too
                 self.stopped = True
                 raise _Interrupted from error
-            if self.world_size == 1:
+            if self.world_size == 1:  # else the other ranks are not here
                 self._save()
-            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             raise TrainingError(
-                f"{type(self).__name__}: the training loader failed at {where}: {reason}. {self._on_disk()}"
+                f"{type(self).__name__}: the training loader failed at {where}: {_reason(error)}. {self._on_disk()}"
             ) from error
-        return batch
+        return batches
 
     def _end_epoch(self) -> None:
+        self.data.next_epoch()
         self._rng = rng_state()
         if self.scheduler is not None and self.scheduler_interval == "epoch":
             self.scheduler.step()
@@ -310,7 +327,7 @@ class Trainer:
         if self.val_loader is None or self._validated == self.step:
             return
         rows: list[Row] = []
-        with isolated_rng(*self.loaders()):
+        with isolated_rng(*self.loaders()), self._validation_named():
             rows += [{"step": self.step, "weights": "model", **row} for row in self.validate(unwrap(self.model))]
             if self.ema is not None:
                 rows += [{"step": self.step, "weights": "ema", **row} for row in self.validate(self.ema.module)]
@@ -318,10 +335,22 @@ class Trainer:
         self._validated = self.step
         self.display.validation(self.step, rows)
 
+    @contextmanager
+    def _validation_named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise TrainingError(
+                f"{type(self).__name__}: the validation after step {self.step} failed: {_reason(error)}. "
+                f"{self._on_disk()}"
+            ) from error
+
     def _save(self) -> None:
         at = (self.step, self.data.epoch, self._validated)
         if self.store is not None and self._saved != at and self.step > 0:
             self.save()
+            if self.world_size > 1:
+                torch.distributed.barrier()  # no rank looks for the file before it is there
             self._saved = at
 
     def _on_disk(self) -> str:
@@ -343,44 +372,14 @@ class Trainer:
     def _stop_asked(self) -> bool:
         """Whether Ctrl-C was pressed; the ranks agree, every few steps, so that none waits for another."""
         if self.world_size == 1:
-            self.stopped = self._interrupted
+            self.stopped = self._interrupt.pressed
         elif self.step % 10 == 0:
-            flag = torch.tensor(float(self._interrupted), device=self.device)
+            flag = torch.tensor(float(self._interrupt.pressed), device=self.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.stopped = bool(flag.item())
         return self.stopped
 
-    @contextmanager
-    def _interrupt_handled(self) -> Iterator[None]:
-        """The first Ctrl-C asks the loop to stop, the second one stops it at once."""
-        self._interrupted = self.stopped = False
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
-            self.display.say("Stopping after this step (Ctrl-C again stops at once, without a checkpoint).")
-
-        previous = signal.signal(signal.SIGINT, handle)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-
-def _rank_and_size() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _gather(value: Any, world_size: int) -> list[Any]:
-    """Every rank's value, in the order of the ranks."""
-    if world_size == 1:
-        return [value]
-    gathered: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered
+def _reason(error: BaseException) -> str:
+    """The error in one line."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

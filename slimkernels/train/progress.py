@@ -99,7 +99,7 @@ class Display:
     def say(self, text: str, warn: bool = False) -> None:
         """One sentence to the person at the terminal, or to the log of ``slimkernels.train``."""
         if self.enabled:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             _log.log(logging.WARNING if warn else logging.INFO, text)
 

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimkernels.train._common import move, split_batch, unwrap
+from slimkernels.train._common import autocast, unwrap
 from slimkernels.train.data import iter_is_self
 from slimkernels.train.distill import Distillation, distillation
 from slimkernels.train.evaluate import Metric, evaluate
 from slimkernels.train.loop import Row, Trainer
 from slimkernels.train.progress import label
-from slimkernels.train.step import LossFn, elastic_widths, make_sampler, sandwich_step
+from slimkernels.train.step import LossFn, accumulate_passes, elastic_widths, make_sampler
 from slimkernels.train.widths import WidthSampler, spaced
 
 
 class SlimmableTrainer(Trainer):
-    """Trains an elastic model with ``sandwich_step`` and validates it at several widths.
+    """Trains an elastic model with the steps of ``sandwich_step`` and validates it at several widths.
 
     Args:
         model: what ``elastic.convert`` gave, as it is, compiled or in DistributedDataParallel.
@@ -68,24 +68,30 @@ class SlimmableTrainer(Trainer):
         self.calibrate = self._needs_calibration() if calibrate is None else calibrate
         self.calibration_loader = train_loader if calibration_loader is None else calibration_loader
         self.calibration_batches = calibration_batches
+        self._check_legal([*self.sampler.widths, *(self.eval_widths if val_loader is not None else [])])
         if self.calibrate and val_loader is not None:
             self._check_calibration_loader()
 
-    def training_step(self, batch: Any) -> dict[Any, Tensor]:
+    def training_step(self, batches: list[Any]) -> dict[Any, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        losses = sandwich_step(
-            self.model,
-            batch,
-            self.loss_fn,
-            None,
-            rule=self.sampler,
-            distill=self.distill,
-            distill_weight=self.distill_weight,
-            amp=self.amp,
-            scaler=self.scaler,
-        )
+        collected: dict[float, list[Tensor]] = {}
+        for i, batch in enumerate(batches):
+            losses = accumulate_passes(
+                self.model,
+                batch,
+                self.loss_fn,
+                self.sampler.sample(),
+                distill=self.distill if self.sampler.teaches else None,
+                distill_weight=self.distill_weight,
+                amp=self.amp,
+                scaler=self.scaler,
+                scale=1 / len(batches),
+                reduce=i == len(batches) - 1,
+            )
+            for w, loss in losses.items():
+                collected.setdefault(w, []).append(loss)
         self.finish_step()
-        return losses
+        return {w: found[0] if len(found) == 1 else torch.stack(found).mean() for w, found in collected.items()}
 
     def named_losses(self, losses: dict[Any, Tensor]) -> dict[str, Tensor]:
         """The random widths of a range, other ones every step, go under `between`."""
@@ -115,7 +121,13 @@ class SlimmableTrainer(Trainer):
         from slimkernels import elastic
 
         batches = itertools.islice(self.calibration_loader, self.calibration_batches)
-        elastic.calibrate(model, (move(split_batch(batch)[0], self.device) for batch in batches), self.eval_widths)
+        with autocast(model, self.amp):
+            elastic.calibrate(model, batches, self.eval_widths)
+        if (
+            self.world_size > 1
+        ):  # each rank saw its own data: rank 0's statistics stand for all, as they do in a checkpoint
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def _default_eval_widths(self) -> list[float]:
         choices = elastic_widths(self.model)
@@ -127,6 +139,14 @@ class SlimmableTrainer(Trainer):
         inner = unwrap(self.model)
         has_statistics = any(hasattr(module, "start_calibration") for module in inner.modules())
         return has_statistics and elastic.plan(inner).norm == "universal"
+
+    def _check_legal(self, widths: Sequence[float]) -> None:
+        """Raises what ``elastic.width`` raises for a width that the model does not take: now and not after an epoch."""
+        from slimkernels import elastic
+
+        for w in widths:
+            with elastic.width(unwrap(self.model), w):
+                pass
 
     def _check_calibration_loader(self) -> None:
         shared = self.calibration_loader is self.data.loader

@@ -98,12 +98,17 @@ def accumulate_passes(
     distill_weight: float = 1.0,
     amp: str | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    scale: float = 1.0,
+    reduce: bool = True,
 ) -> dict[float, Tensor]:
     """Forward and backward of every width in turn; the gradients add up in ``.grad``, reduced over ranks in the last
     pass.
 
-    With ``distill`` the first width is the teacher. This is the one place where the passes' backward runs: a context
-    that accumulates straight into slices of the gradient buffers belongs around its loop.
+    With ``distill`` the first width is the teacher. ``scale`` multiplies the gradients; ``reduce=False`` leaves them to this
+    rank, for all but the last of several batches whose gradients add up.
+
+    This is the one place where the passes' backward runs: what accumulates straight into slices of the gradient buffers
+    belongs around its loop.
 
     Returns: each width's loss, detached.
     """
@@ -115,7 +120,7 @@ def accumulate_passes(
     teacher: Any = None
     for i, w in enumerate(widths):
         last = i == len(widths) - 1
-        with elastic.width(inner, w), nullcontext() if last else without_reduction(model):
+        with elastic.width(inner, w), nullcontext() if last and reduce else without_reduction(model):
             with autocast(inner, amp):
                 output = call(model, inputs)
                 if distill is None or i == 0:
@@ -127,8 +132,10 @@ def accumulate_passes(
             if distill is not None and i == 0 and not last:
                 teacher = map_tensors(output, Tensor.detach)
             del output
+            losses[w] = loss.detach()
+            if scale != 1:
+                loss = loss * scale
             (loss if scaler is None else scaler.scale(loss)).backward()
-        losses[w] = loss.detach()
         del loss  # with it the graph: nothing of this pass is alive when the next one begins
     return losses
 

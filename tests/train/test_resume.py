@@ -83,6 +83,26 @@ def test_resume_goes_on_exactly(tmp_path, rule, stop):
     assert first + second == expected
 
 
+def test_accumulated_steps_resume_and_recover(tmp_path):
+    """5 batches an epoch, 2 a step: the third step of an epoch has one batch."""
+
+    def make(directory, fail_at=None):
+        return trainer(directory, accumulate=2, train_loader=FailingLoader(fail_at), rule="random")
+
+    expected = recorded(make(None), steps=8)
+    t = make(None)
+    t.fit(epochs=2)
+    assert t.step == 6
+    assert recorded(make(tmp_path), steps=4) + recorded(make(tmp_path), steps=8, resume=True) == expected
+    # The loader fails in the second batch of step 2: step 2 begins again with its first.
+    t = make(tmp_path / "failing", fail_at=3)
+    with pytest.raises(TrainingError, match=r"at step 2 \(epoch 1, batch 4\).*The checkpoint of step 1 is"):
+        t.fit(steps=8)
+    assert recorded(make(tmp_path / "failing"), steps=8, resume=True) == expected[1:]
+    t.data.loader.fail_at = None
+    assert recorded(t, steps=8) == expected[1:]
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_resume_with_amp_workers_and_sampler_with_replacement(tmp_path, amp):
     def make(directory):
@@ -181,6 +201,14 @@ def test_a_loader_that_raises_without_checkpoints(tmp_path):
     with pytest.raises(TrainingError, match=r"at step 1 .*There is no checkpoint\."):
         trainer(tmp_path, train_loader=FailingLoader(0)).fit(epochs=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_validation_that_raises(tmp_path):
+    t = trainer(tmp_path, val_loader=FailingLoader(2), validate_every=3, checkpoint_every=2)
+    with pytest.raises(
+        TrainingError, match=r"the validation after step 3 failed: OSError: disk on fire\. The checkpoint of step 2"
+    ):
+        t.fit(steps=5)
 
 
 def test_newest_checkpoints_are_kept(tmp_path):
@@ -318,7 +346,10 @@ def test_data_stream_tells_the_sampler_its_epoch():
             self.epochs.append(epoch)
 
     stream = DataStream(DataLoader(data(12), 6, sampler=Sampler(data(12))), seed=0)
-    for _ in range(6):
-        stream.next_batch()
+    for _ in range(2):
+        while stream.next_batch() is not None:
+            pass
+        assert stream.next_batch() is None
+        stream.next_epoch()
     assert Sampler.epochs == [0, 1]
     assert len(stream) == 2

@@ -116,6 +116,21 @@ def test_a_model_in_eval_mode_is_trained_in_training_mode():
     assert model.training
 
 
+def test_accumulated_batches_step_like_one_large_batch():
+    one, many = TinyNet(), TinyNet()
+    options = {"rule": "all", "widths": [1.0, 0.5], "distill": "kl"}
+    sgd = {"one": torch.optim.SGD(one.parameters(), lr=0.1), "many": torch.optim.SGD(many.parameters(), lr=0.1)}
+    big = [data(24).tensors]
+    small = [tuple(t[6 * i : 6 * i + 6] for t in data(24).tensors) for i in range(4)]
+    a, b = Recorder(), Recorder()
+    trainer(one, optimizer=sgd["one"], train_loader=big, on_step=a, **options).fit(steps=3)
+    trainer(many, optimizer=sgd["many"], train_loader=small, accumulate=4, on_step=b, **options).fit(steps=3)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    for (_, x), (_, y) in zip(a.lines, b.lines, strict=True):
+        assert x == pytest.approx(y, rel=1e-5)
+
+
 def test_ema_follows_the_formula_and_is_validated():
     model = TinyNet()
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -221,7 +236,7 @@ def test_calibration_runs_before_validation_for_model_and_ema(monkeypatch):
     calls = []
 
     def calibrate(model, batches, widths):
-        calls.append((model, [tuple(x.shape) for x in batches], list(widths)))
+        calls.append((model, [tuple(x.shape) for x, _ in batches], list(widths)))
 
     monkeypatch.setattr(elastic, "calibrate", calibrate, raising=False)
     t = trainer(val_loader=loader(12), calibrate=True, calibration_batches=2, eval_widths=[1.0, 0.5], ema=0.9)
@@ -303,6 +318,7 @@ def test_global_generators_are_seeded_alike_each_epoch():
         ({"validate_every": 0}, "expected validate_every to be a number of steps or 'epoch', got 0"),
         ({"checkpoint_every": "day"}, "expected checkpoint_every to be a number of steps or 'epoch', got 'day'"),
         ({"scheduler_interval": "day"}, "expected scheduler_interval 'step' or 'epoch', got 'day'"),
+        ({"accumulate": 0}, "expected accumulate to be a number of batches, got 0"),
         ({"amp": "int8"}, "expected amp to be 'bf16', 'fp16' or None, got 'int8'"),
         (
             {"train_loader": iter([1])},
@@ -320,6 +336,18 @@ def test_global_generators_are_seeded_alike_each_epoch():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         trainer(**options)
+
+
+def test_widths_that_the_model_does_not_take_are_told_at_once(monkeypatch):
+    def width(model, w):
+        if w == 0.3:
+            raise ValueError("expected width one of 0.25, 1, got 0.3")
+        return stand_in.width(model, w)
+
+    monkeypatch.setattr(elastic, "width", width)
+    for options in ({"widths": [1.0, 0.3]}, {"eval_widths": [0.3], "val_loader": loader(6)}):
+        with pytest.raises(ValueError, match=r"got 0\.3"):
+            trainer(**options)
 
 
 def test_errors_of_fit(tmp_path):
