@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "reference_call.h"
+#include "slim_conv_direct.h"
 
 namespace slimkernels {
 namespace {
@@ -18,6 +19,7 @@ at::Tensor slim_conv_cpu(const at::Tensor& x, const at::Tensor& weight, const Ma
     return call_reference<decltype(slim_conv_cpu)>("slimkernels::slim_conv", x, weight, bias, out_channels, stride,
                                                    padding, dilation, groups, activation_name, residual);
   }
+  if (auto y = direct_conv(x, weight, bias, out_channels, geometry, activation, residual)) return *y;
   const at::Tensor w = weight.narrow(0, 0, out_channels).narrow(1, 0, x.size(1) / groups);
   return conv_through_aten(x, w, bias, geometry, activation, residual, conv_format(x, weight));
 }
@@ -37,6 +39,7 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
     return call_reference<decltype(slim_conv_backward_cpu)>("slimkernels::slim_conv_backward", dy, x, weight, stride,
                                                             padding, dilation, groups, need_dx, need_dw, need_db);
   }
+  if (auto grads = direct_conv_backward(dy, x, weight, geometry, need_dx, need_dw, need_db)) return *grads;
   const at::Tensor w = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1) / groups);
   return conv_backward_through_aten(dy, x, weight, w, weight.size(0), geometry, need_dx, need_dw, need_db);
 }
