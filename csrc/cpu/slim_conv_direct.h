@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "slim_conv.h"
@@ -49,11 +50,15 @@ struct WeightGradient {
   int64_t pad_top, pad_left, packed_w, stride_h, stride_w, dilation_h, dilation_w, kernel_h, kernel_w;
 };
 
-// The result, or nothing when the shape is PyTorch's (see the rule in slim_conv_direct.cpp).
+// The result, or nothing (undefined tensors) when the shape is PyTorch's: see the rule in slim_conv_direct.cpp.
 std::optional<at::Tensor> direct_conv(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
                                       int64_t out_channels, const ConvGeometry& geometry, Activation activation,
                                       const MaybeTensor& residual);
-std::optional<ThreeTensors> direct_conv_backward(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
-                                                 const ConvGeometry& geometry, bool need_dx, bool need_dw, bool need_db);
+at::Tensor direct_conv_input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                      const ConvGeometry& geometry);
+// dw (an empty tensor when not needed) and db, both of full size.
+std::pair<at::Tensor, at::Tensor> direct_conv_weight_gradient(const at::Tensor& dy, const at::Tensor& x,
+                                                              const at::Tensor& weight, const ConvGeometry& geometry,
+                                                              bool need_dw);
 
 }  // namespace slimkernels
