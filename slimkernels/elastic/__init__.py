@@ -1,0 +1,28 @@
+"""Make a trained network run at any width: convert, set widths, calibrate, count, extract, save."""
+
+from slimkernels.elastic.calibrate import calibrate
+from slimkernels.elastic.checkpoint import load, save
+from slimkernels.elastic.convert import convert
+from slimkernels.elastic.cost import Cost, cost
+from slimkernels.elastic.extract import extract
+from slimkernels.elastic.plan import Plan, WidthGroup, plan
+from slimkernels.elastic.report import Report, report
+from slimkernels.elastic.width import set_width, view, width
+
+__all__ = [
+    "Cost",
+    "Plan",
+    "Report",
+    "WidthGroup",
+    "calibrate",
+    "convert",
+    "cost",
+    "extract",
+    "load",
+    "plan",
+    "report",
+    "save",
+    "set_width",
+    "view",
+    "width",
+]

@@ -1,0 +1,206 @@
+"""``convert``: from a trained network to an elastic one with the same class, forward and weights."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimkernels.elastic.cost import layer_costs, parameter_costs
+from slimkernels.elastic.graph import Analysis, width_groups
+from slimkernels.elastic.importance import check_sort, orders
+from slimkernels.elastic.layers import kind_of, reason_not_slimmable
+from slimkernels.elastic.plan import Plan, matches
+from slimkernels.elastic.probe import Prober
+from slimkernels.elastic.slices import permute
+from slimkernels.elastic.trace import analysis_copy, check_example, float_inputs, run, trace
+from slimkernels.elastic.transform import set_norm_mode, transform
+from slimkernels.elastic.width import set_width
+
+NORMS = ("auto", "switchable", "universal", "shared")
+
+
+def convert(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    widths: tuple[float, float] | Sequence[float] = (0.25, 1.0),
+    divisor: int = 8,
+    sort: str | Mapping[str, Any] | None = "l1",
+    norm: str = "auto",
+    ignore: Sequence[str] = (),
+    inplace: bool = False,
+    batches: Iterable | None = None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+) -> nn.Module:
+    """Make a network run at any width, with the weights that it has.
+
+    Coupled channels (residual adds, depthwise chains, concats, a flatten before a Linear) become one width dimension
+    each; the network's inputs and outputs stay full. At full width the result computes what ``model`` computes. Every
+    dimension is tried out on the example; what cannot be sliced is left as it is, and ``report`` says why.
+
+    Args:
+        model: any nn.Module. It stays as it is unless ``inplace``.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; also what ``cost``
+            counts MACs for.
+        widths: a tuple (low, high): every width between the two; or a list of widths. Full width is always possible.
+        divisor: channels are rounded to multiples of it: never under one, never more than 10 % below what was asked
+            for.
+        sort: what puts the most important channels first: "l1", "l2" (weights), "bn" (scales of the batch norms),
+            "taylor" (needs ``batches`` of (inputs, targets) and ``loss_fn(output, targets)``), "random", None (as they
+            are), or scores by dimension.
+        norm: batch norm "switchable" (statistics and affine parameters per listed width), "universal" (statistics per
+            calibrated width), "shared"; "auto" is switchable for a list and universal for a range.
+        ignore: names or globs of modules to leave alone.
+        inplace: convert ``model`` itself; its layers stay the same objects, with the class changed.
+
+    Raises: ValueError when an argument does not fit, the model does not run on the example or cannot be traced, or
+        nothing in it can be slimmed; TypeError when ``model`` is no module or the example has no tensor.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected model to be an nn.Module, got {type(model).__name__}")
+    if "_elastic" in model.__dict__:
+        raise ValueError("convert: expected a plain model, got one that is elastic already")
+    widths = _check_widths(widths)
+    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
+        raise ValueError(f"convert: expected divisor to be a positive integer, got {divisor!r}")
+    if norm not in NORMS:
+        raise ValueError(f"convert: expected norm to be one of {', '.join(NORMS)}, got {norm!r}")
+    if norm == "auto":
+        norm = "switchable" if isinstance(widths, list) else "universal"
+    if norm == "switchable" and not isinstance(widths, list):
+        raise ValueError(f"convert: expected a list of widths with norm='switchable', got the range {widths}")
+    check_sort(sort, batches, loss_fn)
+    check_example(model, example_inputs)
+    ignored = _ignored(model, ignore)
+
+    probe_model, example = _finite_copy(model, float_inputs(example_inputs))
+    layers = layer_costs(probe_model, example)
+    analysis = _analyse(probe_model, example, ignored, permutes=sort is not None)
+    if not analysis.groups:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(analysis.rejected.items())[:3])
+        raise ValueError(
+            f"convert: expected a model with channels to slim, got {type(model).__name__} with none"
+            f" ({reasons or 'no such layers'})"
+        )
+    del probe_model
+
+    model = model if inplace else copy.deepcopy(model)
+    left_alone = _left_alone(model, analysis, ignored)
+    order, notes = orders(model, analysis.dims, analysis.groups, sort, batches, loss_fn)
+    permute(model, analysis.dims, order)
+    plan = Plan(
+        widths=widths,
+        divisor=divisor,
+        norm=norm,
+        sort=sort if isinstance(sort, str) else "none" if sort is None else "scores",
+        groups=analysis.groups,
+        dims=analysis.dims,
+        left_alone=left_alone,
+        gathers=[
+            name for (name, side), dim in analysis.dims.items() if side in ("in", "ch") and _gathered(model, name, dim)
+        ],
+        ignored=sorted(ignored),
+        layers=layers,
+        parameters=parameter_costs(model, analysis.dims),
+        notes=notes,
+    )
+    attach(model, plan)
+    return model
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Make a model with plain layers elastic by a plan that fits it."""
+    transform(model, plan.dims, plan.ignored)
+    ratios = sorted({*plan.widths, 1.0}) if plan.listed else []
+    if plan.norm != "shared":
+        set_norm_mode(model, plan.dims, plan.groups, plan.norm, ratios, plan.divisor)
+    model.__dict__["_elastic"] = plan
+    set_width(model, 1.0)
+
+
+def _check_widths(widths: Any) -> tuple[float, float] | list[float]:
+    is_range = isinstance(widths, tuple)
+    if not isinstance(widths, (tuple, list)) or not widths or (is_range and len(widths) != 2):
+        raise ValueError(f"convert: expected widths to be a tuple (low, high) or a list of widths, got {widths!r}")
+    for w in widths:
+        if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 < w <= 1:
+            raise ValueError(f"convert: expected widths in (0, 1], got {w!r}")
+    if is_range:
+        low, high = float(widths[0]), float(widths[1])
+        if low > high:
+            raise ValueError(f"convert: expected a range (low, high) with low <= high, got {widths}")
+        return low, high
+    return sorted({float(w) for w in widths})
+
+
+def _ignored(model: nn.Module, ignore: Sequence[str]) -> set[str]:
+    patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+    names = [name for name, _ in model.named_modules()]
+    found: set[str] = set()
+    for pattern in patterns:
+        fitting = {name for name in names if matches(name, pattern)}
+        if not fitting:
+            raise ValueError(
+                f"convert: expected ignore to hold names or globs of modules, got {pattern!r}, which fits none"
+            )
+        found |= fitting
+    return found
+
+
+def _finite_copy(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
+    """The copy to analyse; without noise on its constants where the noise breaks it."""
+    copied = analysis_copy(model)
+    try:
+        with torch.no_grad():
+            outputs = run(copied, example)
+    except Exception:
+        return copied, example  # the trace reports it
+    if all(bool(o.isfinite().all()) for o in outputs):
+        return copied, example
+    copied = analysis_copy(model, noise=0.0)
+    with torch.no_grad():
+        if not all(bool(o.isfinite().all()) for o in run(copied, example)):
+            raise ValueError("convert: expected the model's output on example_inputs to be finite, got infinity or NaN")
+    return copied, example
+
+
+def _analyse(model: nn.Module, example: Any, ignored: set[str], permutes: bool) -> Analysis:
+    def unsliced(name: str, module: nn.Module) -> str | None:
+        if name in ignored:
+            return "ignored, as asked"
+        return reason_not_slimmable(module) if kind_of(module) else None
+
+    coupling = trace(model, example, unsliced)
+    analysis = width_groups(coupling, model)
+    analysis.reached = {name for name, _ in coupling.known}
+    if analysis.groups:
+        Prober(model, example, analysis, permutes).reject_wrong()
+    return analysis
+
+
+def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict[str, str]:
+    """Every layer with parameters of its own that no width changes, and why."""
+    live = {name for name, _ in analysis.dims}
+    found = {}
+    for name, module in model.named_modules():
+        if name in live or not any(p is not None for p in module._parameters.values()):
+            continue
+        if name in ignored:
+            reason: str | None = "ignored, as asked"
+        else:
+            reason = reason_not_slimmable(module) or analysis.reasons.get(name)
+        if reason is None:
+            reached = name in analysis.reached
+            reason = (
+                "no channels of its own between the network's input and output"
+                if reached
+                else "the trace does not reach it"
+            )
+        found[name] = reason
+    return found
+
+
+def _gathered(model: nn.Module, name: str, dim: Any) -> bool:
+    return dim.blocks == 0 or (dim.blocks > 1 and not isinstance(model.get_submodule(name), nn.Linear))

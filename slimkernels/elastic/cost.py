@@ -1,0 +1,94 @@
+"""``cost``: parameters and multiply-accumulates at a width, in closed form."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from slimkernels.elastic.layers import CONVS, TRANSPOSED, full_size, kind_of
+from slimkernels.elastic.plan import LayerCost, ParameterCost, Width, plan
+from slimkernels.elastic.slices import Dims, sliced_tensors
+from slimkernels.elastic.trace import run
+
+
+class Cost(NamedTuple):
+    """What a sub-network costs."""
+
+    params: int  # elements of the parameters of the extracted network
+    macs: int  # multiply-accumulates of its Linear and convolution layers, for the example inputs of ``convert``
+
+
+def cost(model: nn.Module, width: Width) -> Cost:
+    """Parameters and MACs of ``model`` at a width, from the plan alone: nothing is run or extracted.
+
+    Raises: ValueError when the width is not a legal one.
+    """
+    known = plan(model)
+    units = known.units("cost", width)
+    params = 0
+    for parameter in known.parameters:
+        numel = parameter.numel
+        for key in parameter.dims:
+            numel = numel // known.dims[key].size * known.dims[key].active(units)
+        params += numel
+    macs = 0
+    for layer in known.layers:
+        sizes = {"in": layer.size_in, "out": layer.size_out}
+        for side in sizes:
+            dim = known.dims.get((layer.module, side))
+            sizes[side] = sizes[side] if dim is None else dim.active(units)
+        macs += sizes["out"] * (1 if layer.grouped else sizes["in"]) * layer.factor
+    return Cost(params, macs)
+
+
+def parameter_costs(model: nn.Module, dims: Dims) -> list[ParameterCost]:
+    """Every parameter of a plain model, once."""
+    axes: dict[int, tuple[tuple[str, str], ...]] = {}
+    for sliced in sliced_tensors(model, dims):
+        keys = tuple((dim.module, dim.side) for dim in sliced.axes.values())
+        axes.setdefault(id(sliced.tensor), keys)
+    return [ParameterCost(p.numel(), axes.get(id(p), ())) for p in model.parameters()]
+
+
+def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
+    """Runs a plain model once and counts, per layer that multiplies, over all its calls."""
+    names = {id(module): name for name, module in model.named_modules()}
+    factors: dict[str, int] = {}
+
+    def record(module: Any, inputs: tuple, output: Any) -> None:
+        if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
+            return
+        kind = kind_of(module)
+        assert kind is not None
+        size_out = full_size(module, kind, "out")
+        if isinstance(module, nn.Linear):
+            factor = output.numel() // size_out
+        else:
+            spatial = (
+                inputs[0].numel() // module.in_channels
+                if isinstance(module, TRANSPOSED)
+                else output.numel() // size_out
+            )
+            factor = spatial * int(torch.Size(module.kernel_size).numel())
+            if module.groups > 1:
+                factor *= module.in_channels // module.groups
+        name = names[id(module)]
+        factors[name] = factors.get(name, 0) + factor
+
+    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, (nn.Linear, *CONVS))]
+    try:
+        with torch.no_grad():
+            run(model, example_inputs)
+    except Exception:
+        return []  # the trace reports why the model does not run
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for name, factor in factors.items():
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        assert kind is not None
+        size_in, size_out = (full_size(module, kind, side) for side in ("in", "out"))
+        found.append(LayerCost(name, size_in, size_out, getattr(module, "groups", 1) > 1, factor))
+    return found

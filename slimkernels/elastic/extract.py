@@ -1,0 +1,114 @@
+"""``extract``: a sub-network as a plain network of torch layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimkernels.elastic.layers import full_size, kind_of
+from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_again
+from slimkernels.elastic.plan import Width, plan
+from slimkernels.elastic.slices import Dims, Sliced, sliced_tensors, take
+from slimkernels.elastic.transform import batch_norms
+from slimkernels.elastic.width import view
+from slimkernels.nn._base import SlimModule
+
+
+def extract(model: nn.Module, width: Width) -> nn.Module:
+    """The sub-network of ``model`` at a width as a network of its own: same class, layers of torch sized to the width,
+    copied weights.
+
+    A network built at that width loads its state_dict. The model stays as it is.
+
+    Raises: ValueError when the width is not a legal one.
+    """
+    known = plan(model)
+    units = known.units("extract", width)
+    made = view(model, width)
+    del made.__dict__["_elastic"]
+    sliced = {(s.owner, s.name): s for s in sliced_tensors(made, known.dims)}
+    norms = batch_norms(made)
+    selected = {name: _selected_state(norm) for name, norm in norms.items()}
+    copies: dict[tuple, Tensor] = {}
+    for name, module in list(made.named_modules()):
+        for child in ("switch", "calibrated") if name in norms else ():
+            module._modules.pop(child, None)
+        if name.rpartition(".")[0] in norms or name.rpartition(".")[0].rpartition(".")[0] in norms:
+            continue
+        _copy_tensors(name, module, selected.get(name, {}), sliced, units, copies)
+        if isinstance(module, SlicedParameters):
+            plain_parameters_again(module)
+        if isinstance(module, SlimModule) and "_plain_attributes" in module.__dict__:
+            _become_plain(module)
+        _resize(name, module, known.dims, units)
+    return made
+
+
+def _selected_state(norm: Any) -> dict[str, Tensor | None]:
+    """Parameters and statistics (full size) that a slimmable batch norm uses at its width."""
+    source = norm if norm._entry is None else norm._entry
+    state = {
+        name: getattr(source, name) for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+    if norm._fixed_mean is not None:
+        state |= {"running_mean": norm._fixed_mean, "running_var": norm._fixed_var}
+    return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+def _copy_tensors(
+    owner: str,
+    module: nn.Module,
+    state: Mapping[str, Tensor | None],
+    sliced: Mapping[tuple[str, str], Sliced],
+    units: Mapping[str, int],
+    copies: dict[tuple, Tensor],
+) -> None:
+    """Give a module slices of its own; tied tensors stay tied. ``state`` replaces what a batch norm uses at this
+    width."""
+    stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for tensors in stores:
+        for name, tensor in list(tensors.items()):
+            if tensor is None:
+                continue
+            cut = sliced.get((owner, name))
+            source = state.get(name, tensor)
+            assert source is not None
+            sizes = () if cut is None else tuple((axis, dim.active(units)) for axis, dim in sorted(cut.axes.items()))
+            key = (id(tensor), sizes)
+            if key not in copies:
+                data = source.detach().clone() if cut is None else take(cut, units, source)
+                is_parameter = tensors is module._parameters
+                copies[key] = nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
+            tensors[name] = copies[key]
+
+
+def _become_plain(module: Any) -> None:
+    cls = type(module)
+    kind = kind_of(module)
+    assert kind is not None
+    own = [base for base in cls.__bases__ if not issubclass(base, SlimModule) and issubclass(base, kind.torch_class)]
+    # The class that convert made of a user's subclass has it as a base; a slimmable class has torch's.
+    module.__class__ = own[0]
+    hooks = module._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("slimkernels.")]:
+        del hooks[key]
+    kept = module.__dict__["_plain_attributes"]
+    for name in [name for name in module.__dict__ if name not in kept]:
+        del module.__dict__[name]
+
+
+def _resize(name: str, module: nn.Module, dims: Dims, units: Mapping[str, int]) -> None:
+    """Set the attributes that say how large a layer is."""
+    kind = kind_of(module)
+    if kind is None:
+        return
+    for side in kind.sides:
+        dim = dims.get((name, side))
+        if dim is None:
+            continue
+        active, attribute = dim.active(units), kind.sizes[side]
+        for groups in ("groups", "num_groups"):
+            if side != "in" and getattr(module, groups, 1) > 1:
+                per_group = full_size(module, kind, side) // getattr(module, groups)
+                setattr(module, groups, active // per_group)
+        setattr(module, attribute, (active,) if isinstance(getattr(module, attribute), tuple) else active)

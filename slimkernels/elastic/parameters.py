@@ -1,0 +1,71 @@
+"""Plain parameters (layer scale, positional embeddings, PReLU slopes) that follow the width of the channels they belong
+to.
+
+The module that owns them becomes an instance of a subclass of its own class, in which the parameter's name is a
+property that gives the active slice. The parameter, its state_dict key and ``isinstance`` stay as they were.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _active(name: str, axis: int) -> property:
+    def get(self: Any) -> Tensor:
+        parameter = self._parameters[name]
+        state = self.__dict__
+        index = state[f"_index_of_{name}"]
+        if index is not None:
+            return parameter.index_select(axis, index)
+        return parameter.narrow(axis, 0, state[f"_width_of_{name}"].shape[0])
+
+    def put(self: Any, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    return property(get, put)
+
+
+class SlicedParameters:
+    """Mixin of the generated subclasses."""
+
+    _base_class: type[nn.Module]
+    _sliced: tuple[tuple[str, int], ...]  # (parameter, axis)
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self._base_class, self._sliced), self.__dict__
+
+
+@cache
+def sliced_class(base: Any, sliced: tuple[tuple[str, int], ...]) -> type[nn.Module]:
+    """The subclass of ``base`` whose parameters ``sliced`` are properties."""
+    body: dict[str, Any] = {name: _active(name, axis) for name, axis in sliced}
+    body |= {"_base_class": base, "_sliced": sliced, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (SlicedParameters, base), body)
+
+
+def _rebuild(base: Any, sliced: tuple[tuple[str, int], ...]) -> nn.Module:
+    cls = sliced_class(base, sliced)
+    return cls.__new__(cls)
+
+
+def slice_parameters(module: Any, sliced: dict[str, int]) -> None:
+    """Turn ``module`` into an instance of its sliced class, at full width."""
+    base: Any = type(module)
+    module.__class__ = sliced_class(base, tuple(sorted(sliced.items())))
+    for name, axis in sliced.items():
+        set_parameter_width(module, name, module._parameters[name].shape[axis], None)
+
+
+def set_parameter_width(module: nn.Module, name: str, n: int, index: Tensor | None) -> None:
+    # The shape of an empty tensor is a dynamic integer for torch.compile (see slimkernels.nn).
+    module.__dict__[f"_width_of_{name}"] = torch.empty((n, 0))
+    module.__dict__[f"_index_of_{name}"] = index
+
+
+def plain_parameters_again(module: Any) -> None:
+    """Undo ``slice_parameters``."""
+    for name, _ in module._sliced:
+        del module.__dict__[f"_width_of_{name}"], module.__dict__[f"_index_of_{name}"]
+    module.__class__ = module._base_class

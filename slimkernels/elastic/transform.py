@@ -1,0 +1,89 @@
+"""Turns layers into slimmable ones by changing their class: the objects, parameters, hooks and attributes stay."""
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from slimkernels.elastic.layers import full_size, kind_of, reason_not_slimmable, slim_class
+from slimkernels.elastic.parameters import slice_parameters
+from slimkernels.elastic.plan import Dim, WidthGroup
+from slimkernels.elastic.slices import parameter_side
+
+
+def transform(model: nn.Module, dims: Mapping[tuple[str, str], Dim], ignored: Collection[str] = ()) -> None:
+    """Make every layer with a sliced dimension slimmable, and every batch norm, whose statistics depend on the layers
+    before it."""
+    modules = dict(model.named_modules())
+    sides: dict[str, dict[str, Dim]] = {}
+    for (name, side), dim in dims.items():
+        sides.setdefault(name, {})[side] = dim
+    for name, module in modules.items():
+        kind = kind_of(module)
+        by_side = sides.get(name, {})
+        plain = {found[1]: found[0] for side in by_side if (found := parameter_side(side)) is not None}
+        if plain:
+            slice_parameters(module, plain)
+        elif kind is None or (not by_side and not _is_batch_norm(module, name, ignored)):
+            continue
+        elif not kind.slim_name:
+            slice_parameters(module, {"weight": 0})
+        else:
+            _become_slim(module, by_side)
+
+
+def _is_batch_norm(module: nn.Module, name: str, ignored: Collection[str]) -> bool:
+    is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return is_norm and name not in ignored and reason_not_slimmable(module) is None
+
+
+def _become_slim(module: Any, sides: Mapping[str, Dim]) -> None:
+    kind = kind_of(module)
+    assert kind is not None
+    cls = slim_class(kind)
+    assert cls is not None
+    own = set(module.__dict__)
+    given: Any = type(module)
+    module.__class__ = cls if given is kind.torch_class else _combined(cls, given)
+    module._plain_attributes = own  # what is left when the layer becomes a plain one again
+    if hasattr(module, "_init_slim"):
+        module._init_slim()
+    else:
+        module.activation = "none"
+        module._init_width(full_size(module, kind, kind.sides[-1]))
+    if isinstance(module, nn.Linear):
+        module.__dict__.update(in_blocks=1, out_blocks=1)
+        for side, dim in sides.items():
+            if dim.blocks > 1:
+                setattr(module, f"{side}_blocks", dim.blocks)
+
+
+@cache
+def _combined(slim: Any, own: Any) -> type:
+    """A user's subclass (with no forward of its own) that is slimmable too."""
+    return type(own.__name__, (slim, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+
+
+def set_norm_mode(
+    model: nn.Module,
+    dims: Mapping[tuple[str, str], Dim],
+    groups: Mapping[str, WidthGroup],
+    mode: str,
+    ratios: list[float],
+    divisor: int,
+) -> None:
+    """Put every slimmable batch norm into ``mode``; ``ratios`` are the listed widths."""
+    at = {r: {name: group.active_units(r, divisor) for name, group in groups.items()} for r in ratios}
+    for name, module in batch_norms(model).items():
+        dim = dims.get((name, "ch"))
+        widths = [(r, module.full_width if dim is None else dim.active(units)) for r, units in at.items()]
+        module.set_mode(mode, widths)
+
+
+def batch_norms(model: nn.Module) -> dict[str, Any]:
+    """The slimmable batch norms by name."""
+    from slimkernels.nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimBatchNorm3d
+
+    kinds = (SlimBatchNorm1d, SlimBatchNorm2d, SlimBatchNorm3d)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

@@ -1,0 +1,148 @@
+"""Setting the width of an elastic model: ``set_width``, ``width``, ``view``."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels.elastic.parameters import set_parameter_width
+from slimkernels.elastic.plan import Dim, Plan, Width, plan, unwrap
+from slimkernels.elastic.slices import parameter_side
+from slimkernels.nn._base import SlimModule
+
+_CACHED_WIDTHS = 256  # widths of which the assignments are kept; a sampler draws new ones for ever
+
+
+def set_width(model: nn.Module, width: Width) -> None:
+    """Run ``model`` at ``width`` from now on.
+
+    Args:
+        model: an elastic model, also compiled by ``slimkernels.compile``.
+        width: a ratio of the full width; or a dict of ratios by name: a width dimension (see ``report``), a module,
+            which stands for the dimensions that its layers produce, or a glob over module names. Dimensions that a dict
+            does not name are full.
+
+    Raises: ValueError when the width is not a legal one or a name fits nothing; the width then stays as it was.
+    """
+    known = plan(model)
+    ratios = known.ratios("set_width", width)
+    inner = unwrap(model)
+    uniform = None if isinstance(width, Mapping) else next(iter(ratios.values()))
+    key = (uniform, tuple(ratios.values()), next((p.device for p in inner.parameters()), None))
+    entries = known.cache.get(key)
+    if entries is None:
+        units = {name: g.active_units(ratios[name], known.divisor) for name, g in known.groups.items()}
+        entries = assignments(inner, known.dims, units, uniform)
+        if len(known.cache) >= _CACHED_WIDTHS:
+            known.cache.clear()
+        known.cache[key] = entries
+    apply(entries)
+    known.current = dict(width) if isinstance(width, Mapping) else uniform
+
+
+@contextmanager
+def width(model: nn.Module, width: Width) -> Iterator[nn.Module]:
+    """``set_width`` for a block; the width from before comes back when it is left, also by an exception. Nests.
+
+    The width belongs to the model, not to the thread: for several threads at once, use one ``view`` each.
+    """
+    known = plan(model)
+    before = known.current
+    set_width(model, width)
+    try:
+        yield model
+    finally:
+        set_width(model, before)
+
+
+def view(model: nn.Module, width: Width) -> nn.Module:
+    """A module tree at ``width`` that shares every parameter and buffer with ``model``, and nothing else.
+
+    Its width is its own: several threads run different widths by using a view each. Training steps and loaded weights
+    show in it at once, as the tensors are the same; ``calibrate`` on the model afterwards needs a new view.
+
+    Raises: ValueError when the width is not a legal one.
+    """
+    inner = unwrap(model)
+    plan(inner).ratios("view", width)
+    shared = [*inner.parameters(), *inner.buffers()]
+    memo = {id(tensor): tensor for tensor in shared}
+    made = copy.deepcopy(inner, memo)
+    set_width(made, width)
+    return made
+
+
+class Assignment:
+    """What one module gets at one width."""
+
+    __slots__ = ("index", "module", "n", "name", "ratio")
+
+    def __init__(self, module: Any, n: int, index: Tensor | None, name: str, ratio: float | None) -> None:
+        self.module, self.n, self.index, self.name, self.ratio = module, n, index, name, ratio
+
+
+def assignments(
+    model: nn.Module, dims: Mapping[tuple[str, str], Dim], units: Mapping[str, int], ratio: float | None
+) -> list[Assignment]:
+    """Width and gather of every module at the given active units. Batch norms get the ratio too."""
+    modules = dict(model.named_modules())
+    by_module: dict[str, dict[str, Dim]] = {}
+    for (name, side), dim in dims.items():
+        by_module.setdefault(name, {})[side] = dim
+    found = []
+    module: Any
+    for name, sides in by_module.items():
+        module = modules[name]
+        layer = [dim for side, dim in sides.items() if side in ("out", "ch")]
+        if isinstance(module, SlimModule):
+            n = layer[0].active(units) if layer else module.full_width
+            taken = sides.get("in") or sides.get("ch")
+            found.append(Assignment(module, n, _gather(module, taken, units), "", None))
+        for side, dim in sides.items():
+            plain = parameter_side(side)
+            if plain is None and side == "ch" and not isinstance(module, SlimModule):
+                plain = (0, "weight")
+            if plain is not None:
+                index = None if dim.blocks == 1 else _index(module, dim, units)
+                found.append(Assignment(module, dim.active(units), index, plain[1], None))
+    for module in modules.values():
+        if hasattr(module, "set_mode") and isinstance(module, SlimModule):
+            entry = next((e for e in found if e.module is module), None)
+            if entry is None:
+                entry = Assignment(module, module.full_width, None, "", None)
+                found.append(entry)
+            entry.ratio = ratio
+    return found
+
+
+def _gather(module: Any, dim: Dim | None, units: Mapping[str, int]) -> Tensor | None:
+    """Positions of the active inputs, where they are no slice that the module can take."""
+    if dim is None or dim.blocks == 1 or dim.active(units) == dim.size:
+        return None
+    if dim.blocks and isinstance(module, nn.Linear):
+        return None
+    return _index(module, dim, units)
+
+
+def _index(module: nn.Module, dim: Dim, units: Mapping[str, int]) -> Tensor:
+    device = next((t.device for t in [*module.parameters(), *module.buffers()]), None)
+    return torch.tensor(dim.positions(units), dtype=torch.int64, device=device)
+
+
+def apply(entries: list[Assignment]) -> None:
+    for entry in entries:
+        module = entry.module
+        if entry.name:
+            set_parameter_width(module, entry.name, entry.n, entry.index)
+            continue
+        module.in_index = entry.index
+        if entry.ratio is None:
+            module.set_width(entry.n)
+        else:
+            module.set_width(entry.n, entry.ratio)
+
+
+__all__ = ["Plan", "set_width", "view", "width"]
