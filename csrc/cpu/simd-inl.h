@@ -7,7 +7,8 @@ using vi = int32_t __attribute__((vector_size(4 * SK_LANES)));
 using vu16 = uint16_t __attribute__((vector_size(2 * SK_LANES)));
 using vu32 = uint32_t __attribute__((vector_size(4 * SK_LANES)));
 
-inline vf splat(float s) { return vf{} + s; }
+// Minus zero, not plus: s - 0 is s for every s, -0 included, so that the compiler drops it and broadcasts straight from memory.
+inline vf splat(float s) { return s - vf{}; }
 inline vi splat_int(int32_t s) { return vi{} + s; }
 inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 inline vf vmin(vf a, vf b) { return a < b ? a : b; }

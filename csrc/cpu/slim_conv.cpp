@@ -1,8 +1,12 @@
 #include "slim_conv.h"
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "reference_call.h"
+#include "slim_conv_direct.h"
 
 namespace slimkernels {
 namespace {
@@ -18,6 +22,7 @@ at::Tensor slim_conv_cpu(const at::Tensor& x, const at::Tensor& weight, const Ma
     return call_reference<decltype(slim_conv_cpu)>("slimkernels::slim_conv", x, weight, bias, out_channels, stride,
                                                    padding, dilation, groups, activation_name, residual);
   }
+  if (auto y = direct_conv(x, weight, bias, out_channels, geometry, activation, residual)) return *y;
   const at::Tensor w = weight.narrow(0, 0, out_channels).narrow(1, 0, x.size(1) / groups);
   return conv_through_aten(x, w, bias, geometry, activation, residual, conv_format(x, weight));
 }
@@ -37,8 +42,20 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
     return call_reference<decltype(slim_conv_backward_cpu)>("slimkernels::slim_conv_backward", dy, x, weight, stride,
                                                             padding, dilation, groups, need_dx, need_dw, need_db);
   }
-  const at::Tensor w = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1) / groups);
-  return conv_backward_through_aten(dy, x, weight, w, weight.size(0), geometry, need_dx, need_dw, need_db);
+  at::Tensor dx, dw, db;
+  if (need_dx) dx = direct_conv_input_gradient(dy, x, weight, geometry);
+  if (need_dw || need_db) std::tie(dw, db) = direct_conv_weight_gradient(dy, x, weight, geometry, need_dw);
+  const bool rest_dx = need_dx && !dx.defined(), rest_dw = need_dw && !dw.defined(), rest_db = need_db && !db.defined();
+  if (rest_dx || rest_dw || rest_db) {
+    const at::Tensor w = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1) / groups);
+    auto [rx, rw, rb] =
+        conv_backward_through_aten(dy, x, weight, w, weight.size(0), geometry, rest_dx, rest_dw, rest_db);
+    if (rest_dx) dx = rx;
+    if (rest_dw) dw = rw;
+    if (rest_db) db = rb;
+  }
+  const auto nothing = [&] { return at::empty({0}, dy.options()); };
+  return {need_dx ? dx : nothing(), need_dw ? dw : nothing(), need_db ? db : nothing()};
 }
 
 }  // namespace

@@ -34,6 +34,9 @@ bool conv_takes(const at::Tensor& t);
 c10::DimVector conv_output_sizes(const at::Tensor& x, const at::Tensor& weight, int64_t out_channels,
                                  const ConvGeometry& geometry);
 
+// `residual`, checked, with the strides of y; another layout costs a copy, so that one loop serves every case.
+at::Tensor same_layout(const at::Tensor& residual, const at::Tensor& y);
+
 // y <- act(y + residual) in place, one pass. y is dense; residual has its shape.
 void add_activate(at::Tensor& y, const MaybeTensor& residual, Activation activation);
 

@@ -85,16 +85,18 @@ c10::DimVector conv_output_sizes(const at::Tensor& x, const at::Tensor& weight, 
   return sizes;
 }
 
+at::Tensor same_layout(const at::Tensor& residual, const at::Tensor& y) {
+  TORCH_CHECK_VALUE(residual.sizes() == y.sizes() && residual.scalar_type() == y.scalar_type(),
+                    "slim_conv: expected residual of shape ", y.sizes(), " and dtype ", y.scalar_type(), ", got ",
+                    residual.sizes(), " ", residual.scalar_type());
+  return residual.strides() == y.strides() ? residual : at::empty_like(y).copy_(residual);
+}
+
 void add_activate(at::Tensor& y, const MaybeTensor& residual, Activation activation) {
   if (!residual && activation == Activation::kNone) return;
   at::Tensor r;
   if (residual) {
-    TORCH_CHECK_VALUE(residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type(),
-                      "slim_conv: expected residual of shape ", y.sizes(), " and dtype ", y.scalar_type(), ", got ",
-                      residual->sizes(), " ", residual->scalar_type());
-    // Another layout than the output's costs a copy, so that one loop over memory in order serves every case.
-    r = residual->strides() == y.strides() ? *residual : residual->contiguous(y.suggest_memory_format());
-    if (r.strides() != y.strides()) r = at::empty_like(y).copy_(r);
+    r = same_layout(*residual, y);
   }
   AT_DISPATCH_SWITCH(y.scalar_type(), "add_activate", SK_CASES_F32_BF16_F16([&] {
     SK_CALL_ISA(add_activate_kernel, y.data_ptr<scalar_t>(), residual ? r.const_data_ptr<scalar_t>() : nullptr,

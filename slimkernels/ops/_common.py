@@ -26,8 +26,44 @@ def define(schema: str, *, fake: Callable, default: Callable) -> None:
 
 
 def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Attach ``backward`` to the op ``name``."""
-    torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    """Attach ``backward`` to the op ``name``.
+
+    For an op whose arguments are positional, without defaults and without lists of tensors this does what
+    ``torch.library.register_autograd`` does, but looks at the schema once and not in every call: a training forward of a
+    small layer then spends 7 us here instead of 30.
+    """
+    op = getattr(torch.ops.slimkernels, name).default
+    arguments = op._schema.arguments
+    if any(a.kwarg_only or a.has_default_value() or "List[Tensor]" in str(a.type) for a in arguments):
+        torch.library.register_autograd(f"slimkernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        return
+
+    def below(keyset, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    def forward(ctx, keyset, *inputs):
+        output = below(keyset, *inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def run_backward(ctx, *grads):
+        needs = ctx.needs_input_grad
+        ctx.needs_input_grad = needs[1:]  # the first is the keyset
+        try:
+            given = backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needs  # a kept graph runs again
+        return (None, *given) if isinstance(given, tuple) else (None, given)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(run_backward)}
+    node = type(f"{name}_autograd", (torch.autograd.Function,), members)
+
+    def choose(keyset, *inputs):
+        needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        return node.apply(keyset, *inputs) if needed else below(keyset, *inputs)
+
+    LIBRARY.impl(name, choose, "Autograd", with_keyset=True)
 
 
 def check_activation(op: str, activation: str) -> None:

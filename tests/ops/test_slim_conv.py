@@ -158,6 +158,18 @@ def test_slim_conv_1d_and_3d(kernel, size, geometry, dtype):
     check_as_good_as_pytorch(slim_conv, oracle, args, depthwise, dtype)
 
 
+# Each of these is large enough for the other side of a path's limit (oneDNN or our own kernel; see slim_conv_direct.cpp).
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize(
+    ("c", "n", "kernel", "stride"),
+    [(40, 40, 3, 1), (20, 40, 3, 2), (17, 16, 5, 1), (40, 72, 1, 1), (130, 70, 1, 1), (48, 90, 1, 2)],
+)
+def test_slim_conv_of_ordinary_size(c, n, kernel, stride, dtype):
+    geometry = dict(stride=stride, padding=kernel // 2, activation="relu")
+    args, kwargs = sample(c, n, c + 8, n + 8, (kernel, kernel), (47, 45), channels_last=True, **geometry)
+    check_as_good_as_pytorch(slim_conv, oracle, args, kwargs, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("groups", [1, 12], ids=["dense", "depthwise"])
 def test_slim_conv_layouts(groups, dtype):

@@ -103,6 +103,7 @@ def test_accumulated_steps_resume_and_recover(tmp_path):
     assert recorded(t, steps=8) == expected[1:]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of Python 3.12 on, about any worker process
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_resume_with_amp_workers_and_sampler_with_replacement(tmp_path, amp):
     def make(directory):

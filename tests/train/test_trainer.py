@@ -283,6 +283,21 @@ def test_interrupt_saves_and_stops(tmp_path):
     assert not t.stopped
 
 
+def test_interrupt_that_also_kills_the_loader_saves_and_stops(tmp_path):
+    """Ctrl-C reaches worker processes too, and the loader then complains about them."""
+
+    class Loader:
+        def __iter__(self):
+            yield from [data(6).tensors] * 2
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+
+    t = trainer(train_loader=Loader(), checkpoint_dir=tmp_path)
+    t.fit(steps=9)
+    assert t.stopped
+    assert t.store.steps() == [2]
+
+
 def test_second_interrupt_stops_at_once(tmp_path):
     def interrupt(step, losses):
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,192 @@
+#include "recurrent.h"
+
+#include <ATen/Functions.h>
+
+namespace slimkernels {
+
+std::vector<Panel> panels_of(int64_t size) {
+  const int64_t units = (size + 15) / 16, count = (units + 3) / 4;
+  std::vector<Panel> panels;
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t begin = units * p / count * 16, end = units * (p + 1) / count * 16;
+    panels.push_back({begin, std::min(end, size) - begin, end - begin});
+  }
+  return panels;
+}
+
+std::vector<Chunk> chunks_of(const RecurrentLayer& layer, int64_t direction, int64_t rows) {
+  std::vector<Chunk> chunks;
+  for (int64_t k = 0; k < layer.steps(); ++k) {
+    const int64_t t = layer.visit(direction, k), n = layer.size[t];
+    if (chunks.empty() || chunks.back().rows + n > rows) {
+      chunks.push_back({k, k, layer.start[t], n});
+    } else {
+      Chunk& chunk = chunks.back();
+      chunk.last = k;
+      chunk.row = std::min(chunk.row, layer.start[t]);
+      chunk.rows += n;
+    }
+  }
+  return chunks;
+}
+
+bool recurrent_takes(const at::Tensor& x, at::TensorList weights, int64_t directions) {
+  const auto dtype = x.scalar_type();
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
+  if (weights.size() % directions || (weights.size() / directions != 2 && weights.size() / directions != 4))
+    return false;
+  for (const at::Tensor& w : weights) {
+    if (w.dim() == 2 && w.stride(1) != 1) return false;
+  }
+  return true;
+}
+
+const void* recurrent_dense(RecurrentTensors& tensors, const char* op, const char* name,
+                            const std::optional<at::Tensor>& t, at::IntArrayRef shape, const at::Tensor& x) {
+  if (!t.has_value() || !t->defined()) return nullptr;
+  TORCH_CHECK_VALUE(t->sizes() == shape, op, ": expected ", name, " of shape ", shape, ", got ", t->sizes());
+  TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), op, ": expected ", name, " of dtype ", x.scalar_type(),
+                   " like x, got ", t->scalar_type());
+  tensors.kept.push_back(t->contiguous());
+  return tensors.kept.back().const_data_ptr();
+}
+
+RecurrentTensors recurrent_layer(const char* op, int64_t gates, const at::Tensor& x,
+                                 const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
+                                 at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
+                                 bool bidirectional, int64_t hidden, int64_t in_blocks) {
+  RecurrentTensors tensors;
+  RecurrentLayer& layer = tensors.layer;
+  const bool packed = batch_sizes.has_value() && batch_sizes->defined();
+  TORCH_CHECK_VALUE(x.dim() == (packed ? 2 : 3), op, ": expected x to have ", packed ? 2 : 3, " dimensions, got shape ",
+                    x.sizes());
+  layer.directions = bidirectional ? 2 : 1;
+  layer.in = x.size(-1);
+  layer.in_blocks = in_blocks;
+  layer.hidden = hidden;
+  layer.start.push_back(0);
+  if (packed) {
+    TORCH_CHECK_TYPE(batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(), op,
+                     ": expected batch_sizes of dtype torch.int64 on the CPU, got ", batch_sizes->scalar_type());
+    const at::Tensor sizes = batch_sizes->contiguous();
+    const int64_t* data = sizes.const_data_ptr<int64_t>();
+    layer.size.assign(data, data + sizes.numel());
+  } else {
+    layer.size.assign(x.size(0), x.size(1));
+  }
+  TORCH_CHECK_VALUE(!layer.size.empty(), op, ": expected x to have at least 1 step, got shape ", x.sizes());
+  layer.batch = layer.size[0];
+  for (size_t t = 0; t < layer.size.size(); ++t) {
+    TORCH_CHECK_VALUE(!packed || (layer.size[t] >= 1 && (t == 0 || layer.size[t] <= layer.size[t - 1])), op,
+                      ": expected batch_sizes to be positive and never to grow (no empty sequence), got ",
+                      layer.size[t], " at step ", t);
+    layer.start.push_back(layer.start.back() + layer.size[t]);
+  }
+  TORCH_CHECK_VALUE(!packed || layer.rows() == x.size(0), op, ": expected batch_sizes to sum to the ", x.size(0),
+                    " rows of x, got ", layer.rows());
+
+  at::Tensor rows = x;
+  if (packed ? (x.stride(1) != 1)
+             : (x.stride(2) != 1 || (x.size(0) > 1 && x.size(1) > 1 && x.stride(0) != x.size(1) * x.stride(1)))) {
+    rows = x.contiguous();
+  }
+  layer.ldx = packed || x.size(1) == 1 ? rows.stride(0) : rows.stride(1);
+  if (layer.ldx < layer.in) {  // one row, or an expanded view
+    rows = x.contiguous();
+    layer.ldx = layer.in;
+  }
+  tensors.kept.push_back(rows);
+  layer.x = rows.const_data_ptr();
+
+  const int64_t per = weights.size() / layer.directions;
+  tensors.biased = per == 4;
+  layer.full_hidden = weights[1].size(-1);
+  layer.full_in = weights[0].size(-1);
+  const int64_t gate_rows = gates * layer.full_hidden;
+  TORCH_CHECK_VALUE(hidden >= 1 && hidden <= layer.full_hidden, op, ": expected hidden_size between 1 and ",
+                    layer.full_hidden, ", got ", hidden);
+  TORCH_CHECK_VALUE(layer.in >= 1 && layer.in <= layer.full_in, op, ": expected x.shape[-1] between 1 and ",
+                    layer.full_in, ", got ", layer.in);
+  TORCH_CHECK_VALUE(in_blocks >= 1 && layer.full_in % in_blocks == 0, op,
+                    ": expected in_blocks to divide the full input size ", layer.full_in, ", got ", in_blocks);
+  TORCH_CHECK_VALUE(layer.in % in_blocks == 0, op, ": expected x.shape[-1] to be a multiple of in_blocks=", in_blocks,
+                    ", got ", layer.in);
+  for (int64_t d = 0; d < layer.directions; ++d) {
+    RecurrentWeights w{};
+    for (int64_t k = 0; k < per; ++k) {
+      const at::Tensor& weight = weights[d * per + k];
+      TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": expected weights of dtype ", x.scalar_type(),
+                       " like x, got ", weight.scalar_type());
+      const int64_t columns = k == 0 ? layer.full_in : layer.full_hidden;
+      const bool fits = k < 2 ? weight.dim() == 2 && weight.size(0) == gate_rows && weight.size(1) == columns
+                              : weight.dim() == 1 && weight.size(0) == gate_rows;
+      TORCH_CHECK_VALUE(fits, op, ": expected ",
+                        k == 0   ? "w_ih"
+                        : k == 1 ? "w_hh"
+                        : k == 2 ? "b_ih"
+                                 : "b_hh",
+                        " with ", gate_rows, " rows", k < 2 ? " and its columns" : "", ", got ", weight.sizes());
+      tensors.kept.push_back(k < 2 ? weight : weight.contiguous());
+      const void* data = tensors.kept.back().const_data_ptr();
+      if (k == 0) w.w_ih = data, w.ld_ih = weight.stride(0);
+      if (k == 1) w.w_hh = data, w.ld_hh = weight.stride(0);
+      if (k == 2) w.b_ih = data;
+      if (k == 3) w.b_hh = data;
+    }
+    layer.weights.push_back(w);
+  }
+  const int64_t state[] = {layer.directions, layer.batch, hidden};
+  layer.h0 = recurrent_dense(tensors, op, "h0", h0, state, x);
+  layer.c0 = recurrent_dense(tensors, op, "c0", c0, state, x);
+  return tensors;
+}
+
+std::vector<int64_t> recurrent_shape(const at::Tensor& x, std::initializer_list<int64_t> lead,
+                                     std::initializer_list<int64_t> tail) {
+  std::vector<int64_t> shape(lead);
+  shape.insert(shape.end(), x.sizes().begin(), x.sizes().end() - 1);
+  shape.insert(shape.end(), tail);
+  return shape;
+}
+
+at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> lead,
+                           std::initializer_list<int64_t> tail) {
+  return at::empty(recurrent_shape(x, lead, tail), x.options());
+}
+
+RecurrentBackward::RecurrentBackward(RecurrentTensors& tensors, const char* op, const at::Tensor& x,
+                                     at::TensorList weights, const at::Tensor& y, const at::Tensor& gates,
+                                     const std::optional<at::Tensor>& dy, const std::optional<at::Tensor>& dh_n,
+                                     bool need_dx, bool need_dw)
+    : options_(x.options()) {
+  const RecurrentLayer& layer = tensors.layer;
+  const int64_t d = layer.directions, h = layer.hidden, state[] = {d, layer.batch, h};
+  const auto y_shape = recurrent_shape(x, {}, {d * h});
+  grads.y = recurrent_dense(tensors, op, "y", y, y_shape, x);
+  grads.gates = recurrent_dense(tensors, op, "gates", gates, recurrent_shape(x, {d}, {4, h}), x);
+  grads.dy = recurrent_dense(tensors, op, "dy", dy, y_shape, x);
+  grads.dh_n = recurrent_dense(tensors, op, "dh_n", dh_n, state, x);
+  grads.dx.assign(d, nullptr);
+  if (need_dx) {
+    for (int64_t i = 0; i < d; ++i) {
+      dx_.push_back(at::empty(x.sizes(), x.options().dtype(at::kFloat)));
+      grads.dx[i] = dx_.back().data_ptr<float>();
+    }
+  }
+  if (need_dw) {
+    grads.dw.resize(d);
+    const int64_t per = weights.size() / d;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      dw.push_back(at::zeros(weights[i].sizes(), weights[i].options()));
+      grads.dw[i / per].push_back(dw.back().data_ptr());
+    }
+  }
+}
+
+at::Tensor RecurrentBackward::dx() const {
+  if (dx_.empty()) return at::empty({0}, options_);
+  if (dx_.size() == 2) dx_[0].add_(dx_[1]);
+  return dx_[0].to(options_.dtype());
+}
+
+}  // namespace slimkernels

@@ -1,0 +1,137 @@
+// What slim_lstm and slim_gru share: the description of a layer that the kernels read, and how it is made from tensors.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common.h"
+#include "gemm.h"
+
+namespace slimkernels {
+
+// Active slices of the weights of one direction. Everything but the two strides is as the op's T.
+struct RecurrentWeights {
+  const void *w_ih, *w_hh;
+  const void *b_ih, *b_hh;  // null without biases
+  int64_t ld_ih, ld_hh;     // from one row to the next
+};
+
+// One layer. Rows are (step, sequence) pairs; the sequences are sorted by length, so those running at a step are the
+// first.
+struct RecurrentLayer {
+  int64_t batch, directions;
+  int64_t in, in_blocks, full_in;  // active and full input features, in in_blocks equal parts
+  int64_t hidden, full_hidden;     // h and H
+  int64_t ldx;
+  const void* x;                          // (rows, i)
+  const void *h0, *c0;                    // (D, batch, h), null for zeros
+  std::vector<int64_t> size;              // sequences running at each step
+  std::vector<int64_t> start;             // first row of each step, and the number of rows
+  std::vector<RecurrentWeights> weights;  // of each direction
+
+  int64_t steps() const { return size.size(); }
+  int64_t rows() const { return start.back(); }
+  // The step that the recurrence of direction d visits k-th.
+  int64_t visit(int64_t d, int64_t k) const { return d == 0 ? k : steps() - 1 - k; }
+};
+
+struct RecurrentOutputs {
+  void *y, *h_n, *c_n;  // (rows, D * h), (D, batch, h), (D, batch, h)
+  void *gates, *cells;  // (D, rows, 4, h), (D, rows, h); null when not kept
+};
+
+struct RecurrentGradients {
+  const void *dy, *dh_n, *dc_n;   // null for zeros
+  const void *y, *gates, *cells;  // what the forward pass kept
+  std::vector<float*> dx;         // (rows, i) of each direction, null when not needed
+  void *dh0, *dc0;                // (D, batch, h), null when not needed
+  std::vector<std::vector<void*>>
+      dw;  // of each direction: w_ih, w_hh, [b_ih, b_hh], zero-filled; empty when not needed
+};
+
+// `count` hidden units (or columns) from `begin` on, rounded up to whole vectors in packed memory.
+struct Panel {
+  int64_t begin, count, padded;
+};
+
+// Panels of at most 64, as equal as multiples of 16 allow.
+std::vector<Panel> panels_of(int64_t size);
+
+// Consecutive visits whose rows fill a tile of the matrix kernels.
+struct Chunk {
+  int64_t first, last;  // visits
+  int64_t row, rows;    // rows in memory order
+};
+std::vector<Chunk> chunks_of(const RecurrentLayer& layer, int64_t direction, int64_t rows);
+
+// The float scratch memory of a call, given out in 64-byte aligned pieces.
+class Arena {
+ public:
+  explicit Arena(int64_t floats)
+      : next_(static_cast<float*>(scratch(kScratchB, floats * sizeof(float)))), end_(next_ + floats) {}
+  float* take(int64_t floats) {
+    float* piece = next_;
+    next_ += round_up(floats, 16);
+    TORCH_INTERNAL_ASSERT(next_ <= end_);
+    return piece;
+  }
+
+ private:
+  float *next_, *end_;
+};
+
+// Tensors of the layer, checked and kept alive while the kernels read them.
+struct RecurrentTensors {
+  RecurrentLayer layer;
+  std::vector<at::Tensor> kept;
+  bool biased = false;
+};
+
+// True when the C++ kernels take these inputs: dtype, row-major weights, no projection.
+bool recurrent_takes(const at::Tensor& x, at::TensorList weights, int64_t directions);
+
+// Checks shapes (they guard memory) and fills in the layer.
+RecurrentTensors recurrent_layer(const char* op, int64_t gates, const at::Tensor& x,
+                                 const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
+                                 at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
+                                 bool bidirectional, int64_t hidden, int64_t in_blocks);
+
+// A dense tensor of shape `shape` to read, or null when there is none.
+const void* recurrent_dense(RecurrentTensors& tensors, const char* op, const char* name,
+                            const std::optional<at::Tensor>& t, at::IntArrayRef shape, const at::Tensor& x);
+
+// (lead..., the dimensions of x but the last, tail...), and a fresh tensor of that shape.
+std::vector<int64_t> recurrent_shape(const at::Tensor& x, std::initializer_list<int64_t> lead,
+                                     std::initializer_list<int64_t> tail);
+at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> lead,
+                           std::initializer_list<int64_t> tail);
+
+// What both backward entries prepare: the dense inputs, the full-size weight gradients, and dx of each direction.
+struct RecurrentBackward {
+  RecurrentBackward(RecurrentTensors& tensors, const char* op, const at::Tensor& x, at::TensorList weights,
+                    const at::Tensor& y, const at::Tensor& gates, const std::optional<at::Tensor>& dy,
+                    const std::optional<at::Tensor>& dh_n, bool need_dx, bool need_dw);
+  // The gradient of x, once the kernels ran: the sum over directions in the dtype of x, or empty.
+  at::Tensor dx() const;
+
+  RecurrentGradients grads{};
+  std::vector<at::Tensor> dw;
+
+ private:
+  at::TensorOptions options_;
+  std::vector<at::Tensor> dx_;  // float32, of each direction
+};
+
+// Runs fn(direction), both directions side by side where there are two.
+template <typename Fn>
+void recurrent_directions(const RecurrentLayer& layer, const Fn& fn) {
+  if (layer.batch == 0) return;
+  at::parallel_for(0, layer.directions, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t d = begin; d < end; ++d) fn(d);
+  });
+}
+
+}  // namespace slimkernels

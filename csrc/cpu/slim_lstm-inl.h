@@ -1,0 +1,83 @@
+// The gate arithmetic of the LSTM; the walk over time is in recurrent_forward-inl.h and recurrent_backward-inl.h.
+
+#include "recurrent-inl.h"
+
+struct LstmCell {
+  static constexpr int64_t kGates = 4;
+  static constexpr bool kAdds = true;  // the recurrent part is added to the input part before anything else
+
+  template <typename T>
+  static void pack_bias(const T* b_ih, const T* b_hh, int64_t full, const Panel& p, float* bias) {
+    for (int64_t g = 0; g < 4; ++g) {
+      for (int64_t j = 0; j < p.padded; j += kLanes) {
+        const int64_t left = p.count - j, at = g * full + p.begin + j;
+        store(bias + g * p.padded + j,
+              b_ih && left > 0 ? load_upto(b_ih + at, left) + load_upto(b_hh + at, left) : vf{});
+      }
+    }
+  }
+
+  template <typename T>
+  static void forward(int64_t n, const Panel& p, const float*, const float* z, const float* bias, const float*,
+                      float* h_next, float* c, int64_t ld, const StepOutputs<T>& out) {
+    const int64_t width = p.padded;
+    for (int64_t m = 0; m < n; ++m, z += 4 * width) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        const vf i = sigmoid(load(z + j) + load(bias + j));
+        const vf f = sigmoid(load(z + width + j) + load(bias + width + j));
+        const vf g = tanh(load(z + 2 * width + j) + load(bias + 2 * width + j));
+        const vf o = sigmoid(load(z + 3 * width + j) + load(bias + 3 * width + j));
+        const vf c_new = f * load(c + m * ld + j) + i * g;
+        const vf h_new = o * tanh(c_new);
+        const int64_t left = p.count - j;
+        store(c + m * ld + j, c_new);
+        store(h_next + m * ld + j, rounded<T>(h_new));
+        store_some(out.y + m * out.ldy + j, h_new, left);
+        if (out.gates) {
+          T* gates = out.gates + m * 4 * out.hidden + j;
+          store_some(gates, i, left);
+          store_some(gates + out.hidden, f, left);
+          store_some(gates + 2 * out.hidden, g, left);
+          store_some(gates + 3 * out.hidden, o, left);
+          store_some(out.cells + m * out.hidden + j, c_new, left);
+        }
+      }
+    }
+  }
+
+  // dz of the four gates from the gradients at h and c; dc becomes the gradient at the previous c.
+  template <typename T>
+  static void backward(int64_t n, const StepGradients<T>& s) {
+    for (int64_t m = 0; m < n; ++m) {
+      for (int64_t j = 0; j < s.hidden; j += kLanes) {
+        const int64_t left = s.hidden - j;
+        const T* gates = s.gates + m * 4 * s.hidden + j;
+        const vf i = load_upto(gates, left), f = load_upto(gates + s.hidden, left);
+        const vf g = load_upto(gates + 2 * s.hidden, left), o = load_upto(gates + 3 * s.hidden, left);
+        const vf tanh_c = tanh(load_upto(s.cells + m * s.hidden + j, left));
+        const vf dy = s.dy ? load_upto(s.dy + m * s.ldy + j, left) : vf{};
+        const vf dh = load(s.dh + m * s.ld + j) + dy;
+        const vf dc = load(s.dc + m * s.ld + j) + dh * o * (1.0f - tanh_c * tanh_c);
+        float* dz = s.dz + m * s.ldz + j;
+        store_some(dz, dc * g * i * (1.0f - i), left);
+        store_some(dz + s.hidden, dc * load(s.c_previous + m * s.ld + j) * f * (1.0f - f), left);
+        store_some(dz + 2 * s.hidden, dc * i * (1.0f - g * g), left);
+        store_some(dz + 3 * s.hidden, dh * tanh_c * o * (1.0f - o), left);
+        store(s.dc + m * s.ld + j, dc * f);
+      }
+    }
+  }
+
+  // Which of the four blocks of dz belong to the rows of w_hh: all of them; those of w_ih always are the first.
+  static constexpr int64_t kStateSplit = 4;
+};
+
+template <typename T>
+void lstm_forward_kernel(const RecurrentLayer& layer, const RecurrentOutputs& out, int64_t d) {
+  recurrent_forward_kernel<LstmCell, T>(layer, out, d);
+}
+
+template <typename T>
+void lstm_backward_kernel(const RecurrentLayer& layer, const RecurrentGradients& grads, int64_t d) {
+  recurrent_backward_kernel<LstmCell, T>(layer, grads, d);
+}
