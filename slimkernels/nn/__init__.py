@@ -11,6 +11,7 @@ from slimkernels.nn.conv import (
 )
 from slimkernels.nn.embedding import SlimEmbedding
 from slimkernels.nn.linear import SlimLinear
+from slimkernels.nn.norm import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
 
 __all__ = [
     "SlimBatchNorm1d",
@@ -23,5 +24,8 @@ __all__ = [
     "SlimConvTranspose2d",
     "SlimConvTranspose3d",
     "SlimEmbedding",
+    "SlimGroupNorm",
+    "SlimLayerNorm",
     "SlimLinear",
+    "SlimRMSNorm",
 ]

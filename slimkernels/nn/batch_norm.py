@@ -9,8 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimkernels.nn._base import SlimModule
 from slimkernels.nn._statistics import BatchNormEntry, CalibratedStatistics, forget
-from slimkernels.ops import slim_batch_norm
 from slimkernels.ops._common import check_activation
+from slimkernels.ops.slim_batch_norm import slim_batch_norm
 
 if TYPE_CHECKING:  # the mixin stands before one of torch's batch norm classes and uses what they have
     _Torch = _BatchNorm

@@ -6,8 +6,22 @@ from slimkernels.ops.activation import activation
 from slimkernels.ops.slim_batch_norm import slim_batch_norm
 from slimkernels.ops.slim_conv import slim_conv
 from slimkernels.ops.slim_conv_transpose import slim_conv_transpose
+from slimkernels.ops.slim_group_norm import slim_group_norm
 from slimkernels.ops.slim_gru import slim_gru
+from slimkernels.ops.slim_layer_norm import slim_layer_norm
 from slimkernels.ops.slim_linear import slim_linear
 from slimkernels.ops.slim_lstm import slim_lstm
+from slimkernels.ops.slim_rms_norm import slim_rms_norm
 
-__all__ = ["activation", "slim_batch_norm", "slim_conv", "slim_conv_transpose", "slim_gru", "slim_linear", "slim_lstm"]
+__all__ = [
+    "activation",
+    "slim_batch_norm",
+    "slim_conv",
+    "slim_conv_transpose",
+    "slim_group_norm",
+    "slim_gru",
+    "slim_layer_norm",
+    "slim_linear",
+    "slim_lstm",
+    "slim_rms_norm",
+]

@@ -3,16 +3,8 @@
 import torch
 from torch import Tensor
 
-from slimkernels.ops._common import (
-    OUTPUT_ACTIVATIONS,
-    autocast_dtype,
-    autograd,
-    check_activation,
-    check_float,
-    check_same_dtype_device,
-    check_shape,
-    define,
-)
+from slimkernels.ops._common import autograd, define
+from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
 from slimkernels.reference import slim_batch_norm as reference
 from slimkernels.reference.slim_batch_norm import statistics_dtype
 
@@ -47,24 +39,14 @@ def slim_batch_norm(
     1812.08928).
     """
     op = "slim_batch_norm"
-    check_float(op, x)
-    check_activation(op, activation)
-    if x.dim() < 2:
-        raise ValueError(f"{op}: expected x to have at least 2 dimensions (N, c, *), got shape {tuple(x.shape)}")
+    parameters = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    check_norm(op, x, 1, activation, **parameters)
     c = x.shape[1]
-    if c < 1:
-        raise ValueError(f"{op}: expected x to have at least 1 channel, got shape {tuple(x.shape)}")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias)):
-        check_channels(op, name, t, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: expected running_mean and running_var to be both given or both None, got one of them")
     if running_mean is None and not training:
         raise ValueError(f"{op}: expected running_mean and running_var when training is False, got None")
-    if residual is not None:
-        check_shape(op, "residual", residual, x.shape)
-        if autocast_dtype(x) is not None:
-            residual = residual.to(x.dtype)
-        check_same_dtype_device(op, x, residual=residual)
+    residual = checked_residual(op, x, residual)
     if not training:
         y, _, _ = torch.ops.slimkernels.slim_batch_norm.default(
             x, running_mean, running_var, weight, bias, False, eps, activation, residual
@@ -91,21 +73,6 @@ def update_running(running: Tensor, batch: Tensor, momentum: float | Tensor) -> 
         active.lerp_(batch.to(active.dtype), momentum)
 
 
-def check_channels(op: str, name: str, t: Tensor | None, x: Tensor, dim: int = 1) -> None:
-    """``t`` is a full-size vector for the active channels of ``x``."""
-    if t is None:
-        return
-    c = x.shape[dim]
-    if t.dim() != 1 or t.shape[0] < c:
-        where = "x.shape[-1]" if dim == -1 else f"x.shape[{dim}]"
-        raise ValueError(f"{op}: expected {name} of shape (C,) with C >= {where}={c}, got {tuple(t.shape)}")
-    if t.dtype != x.dtype and not (t.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        extra = " or float32" if x.dtype in (torch.bfloat16, torch.float16) else ""
-        raise TypeError(f"{op}: expected {name} of dtype {x.dtype}{extra}, got {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"{op}: expected {name} on device {x.device} like x, got {t.device}")
-
-
 def _fake(x, running_mean, running_var, weight, bias, training, eps, activation, residual):
     statistics = x.new_empty(x.shape[1], dtype=statistics_dtype(x))
     return torch.empty_like(x), statistics, torch.empty_like(statistics)
@@ -130,8 +97,8 @@ def _backward_fake(
 ):
     return (
         torch.empty_like(x) if need_dx else dy.new_empty(0),
-        weight.new_empty(weight.shape) if need_dw else dy.new_empty(0),
-        bias.new_empty(bias.shape) if need_db else dy.new_empty(0),
+        empty_or(weight, need_dw, dy),
+        empty_or(bias, need_db, dy),
         torch.empty_like(x) if need_dresidual else dy.new_empty(0),
     )
 
@@ -141,13 +108,7 @@ def _setup_context(ctx, inputs, output):
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
-    # Without a residual the activation's input is recomputed from x; with one, the output or the residual is read
-    # instead.
-    by_output = ctx.activation in OUTPUT_ACTIVATIONS
-    keeps = residual is not None and ctx.activation != "none"
-    ctx.save_for_backward(
-        x, mean, var, weight, bias, y if keeps and by_output else None, residual if keeps and not by_output else None
-    )
+    ctx.save_for_backward(x, mean, var, weight, bias, *saved_for_activation(ctx.activation, y, residual))
 
 
 def _backward(ctx, dy, dmean, dvar):
