@@ -107,7 +107,7 @@ class Trainer:
         self.history: list[Row] = []  # every validation row so far
         self._saved: tuple[int, int, int | None] | None = None  # what the last checkpoint written or read stands for
         self._validated: int | None = None
-        self._rng: dict[str, Any] = {}  # before the next batch is fetched
+        self._rng: dict[str, Any] | None = None  # of before the fetch that failed; None: the present state counts
         self._interrupt = Interrupt(self.display.say)
         self.stopped = False  # the last fit ended with Ctrl-C, on some rank
 
@@ -199,7 +199,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step's result depends on."""
-        rng = self._rng or rng_state()
+        rng = rng_state() if self._rng is None else self._rng
         return {
             "kind": type(self).__name__,
             "step": self.step,
@@ -250,8 +250,8 @@ class Trainer:
             if part is not None:
                 part.load_state_dict(state[name])
         self.step, self.history, self._validated = state["step"], list(state["history"]), state["validated"]
-        self._rng = state["rng"][self.rank]
-        set_rng_state(self._rng)
+        set_rng_state(state["rng"][self.rank])
+        self._rng = None
         self._saved = (self.step, self.data.epoch, self._validated)
 
     def _begin(self, resume: bool | str | os.PathLike) -> None:
@@ -282,7 +282,7 @@ class Trainer:
 
         When the loader fails, the position goes back to where the last step left it.
         """
-        if self.data.lost:  # an earlier fit ended with an error of the loader
+        if self.data.lost and self._rng is not None:  # an earlier fit ended with an error of the loader
             self.data.seek(self.data.epoch, self.data.position)
             set_rng_state(self._rng)
         self._rng = rng_state()
@@ -304,11 +304,11 @@ class Trainer:
             raise TrainingError(
                 f"{type(self).__name__}: the training loader failed at {where}: {_reason(error)}. {self._on_disk()}"
             ) from error
+        self._rng = None
         return batches
 
     def _end_epoch(self) -> None:
         self.data.next_epoch()
-        self._rng = rng_state()
         if self.scheduler is not None and self.scheduler_interval == "epoch":
             self.scheduler.step()
         if self.validate_every == "epoch":
@@ -317,7 +317,6 @@ class Trainer:
             self._save()
 
     def _every_steps(self) -> None:
-        self._rng = rng_state()
         if isinstance(self.validate_every, int) and self.step % self.validate_every == 0:
             self._validate()
         if isinstance(self.checkpoint_every, int) and self.step % self.checkpoint_every == 0:
