@@ -12,6 +12,7 @@ from slimkernels.nn.conv import (
 from slimkernels.nn.embedding import SlimEmbedding
 from slimkernels.nn.linear import SlimLinear
 from slimkernels.nn.norm import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
+from slimkernels.nn.recurrent import SlimGRU, SlimGRUCell, SlimLSTM, SlimLSTMCell
 
 __all__ = [
     "SlimBatchNorm1d",
@@ -24,7 +25,11 @@ __all__ = [
     "SlimConvTranspose2d",
     "SlimConvTranspose3d",
     "SlimEmbedding",
+    "SlimGRU",
+    "SlimGRUCell",
     "SlimGroupNorm",
+    "SlimLSTM",
+    "SlimLSTMCell",
     "SlimLayerNorm",
     "SlimLinear",
     "SlimRMSNorm",
