@@ -68,6 +68,21 @@ inline vf interleave(const c10::BFloat16* first, const c10::BFloat16* second, in
   return (vf)(low | high);
 }
 
+using vu16x2 = uint16_t __attribute__((vector_size(4 * SK_LANES)));  // 2 * kLanes numbers of 16 bits
+
+// Two rows of 2 * kLanes 16-bit numbers, interleaved.
+template <int... I>
+inline void interleave_whole(const c10::BFloat16* first, const c10::BFloat16* second, float* dst,
+                             std::integer_sequence<int, I...>) {
+  constexpr vu16x2 low = {((I & 1) * 2 * kLanes + I / 2)...};
+  constexpr vu16x2 high = {((I & 1) * 2 * kLanes + kLanes + I / 2)...};
+  vu16x2 a, b;
+  std::memcpy(&a, first, sizeof(a));
+  std::memcpy(&b, second, sizeof(b));
+  store(dst, (vf)__builtin_shuffle(a, b, low));
+  store(dst + kLanes, (vf)__builtin_shuffle(a, b, high));
+}
+
 template <typename C, typename T>
 inline void pack_b(Matrix<T> b, int64_t depth, int64_t cols, C* dst, int64_t ldd) {
   float* units = (float*)dst;
@@ -85,10 +100,14 @@ inline void pack_b(Matrix<T> b, int64_t depth, int64_t cols, C* dst, int64_t ldd
     const int64_t pairs = (depth + 1) / 2;
     if (b.col == 1) {
       for (int64_t k = 0; k < pairs; ++k) {
-        const T* second = 2 * k + 1 < depth ? b.at(2 * k + 1, 0) : nullptr;
-        for (int64_t j = 0; j < cols; j += kLanes) {
+        const T *first = b.at(2 * k, 0), *second = 2 * k + 1 < depth ? b.at(2 * k + 1, 0) : nullptr;
+        int64_t j = 0;
+        for (; second && j + 2 * kLanes <= cols; j += 2 * kLanes) {
+          interleave_whole(first + j, second + j, units + k * ldd + j, std::make_integer_sequence<int, 2 * kLanes>{});
+        }
+        for (; j < cols; j += kLanes) {
           const int n = std::min<int64_t>(kLanes, cols - j);
-          store(units + k * ldd + j, interleave(b.at(2 * k, j), second ? second + j : nullptr, n));
+          store(units + k * ldd + j, interleave(first + j, second ? second + j : nullptr, n));
         }
       }
     } else {
