@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -47,6 +48,95 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
             table.add_row(name, text)
         console.print(table)
         console.print()
+
+
+def run_recipe(build: Callable[[], Any], out: Path, resume: bool, seed: int, threads: int | None) -> None:
+    """Builds and runs a recipe; what a person can mend is told in one sentence."""
+    import torch
+
+    from slimkernels.recipes import data, pipeline
+    from slimkernels.train import CheckpointError, TrainingError
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        pipeline.run(build(), out, resume=resume, seed=seed, command=command_line(), console=console)
+    except (data.DataError, pipeline.Stopped, CheckpointError, TrainingError, ValueError) as error:
+        fail(error)
+
+
+def command_line() -> str:
+    """How this run was started, with bare names for paths: they say what was given, not where it lies."""
+    return " ".join(["slimkernels", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
+
+
+Out = Annotated[Path, typer.Option(help="Folder for checkpoints, table, plot and sub-network.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint in --out; otherwise start afresh.")
+]
+Steps = Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
+Seed = Annotated[int, typer.Option(help="Of the order of the data, the widths drawn and the augmentation.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for training; latency is always timed on one.")]
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    resume: Resume = False,
+    steps: Steps = 800,
+    batch_size: BatchSize = 64,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Make a digit classifier with real pre-trained weights slimmable, in about a minute, and compare."""
+    from slimkernels.recipes import digits
+
+    run_recipe(lambda: digits.recipe(steps, batch_size), out, resume, seed, threads)
+
+
+@train_app.command()
+def cifar(
+    data: Annotated[
+        Path, typer.Option(help="CIFAR-10: class folders, a zip of them, or its python or binary batches.")
+    ],
+    weights: Annotated[
+        Path, typer.Option(help="Trained ResNet-20 weights (a state_dict; keys may start with module.).")
+    ],
+    out: Out = Path("runs/cifar"),
+    resume: Resume = False,
+    steps: Steps = 400,
+    batch_size: BatchSize = 128,
+    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate of the cosine schedule.")] = 0.05,
+    slim: Annotated[
+        str, typer.Option(help="'blocks': channels inside residual blocks; 'all': those between them too.")
+    ] = "blocks",
+    test_images: Annotated[int | None, typer.Option(min=10, help="Test on so many images instead of all.")] = None,
+    amp: Annotated[str | None, typer.Option(help="'bf16' for mixed precision in training.")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Make a pre-trained CIFAR ResNet-20 slimmable and compare widths in one table."""
+    from rich.progress import Progress
+
+    from slimkernels.recipes import cifar as cifar_recipe
+
+    def build() -> Any:
+        with Progress(console=console, transient=True) as bar:
+            tasks = {part: bar.add_task(f"reading {part} images", total=None) for part in ("train", "test")}
+            return cifar_recipe.recipe(
+                data,
+                weights,
+                steps=steps,
+                batch_size=batch_size,
+                lr=lr,
+                slim=slim,
+                test_images=test_images,
+                amp=amp,
+                progress=lambda part, done, total: bar.update(tasks[part], completed=done, total=total),
+            )
+
+    run_recipe(build, out, resume, seed, threads)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
