@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -50,11 +50,14 @@ class SlicedConv2d(nn.Module):
 class SlicedBatchNorm2d(nn.Module):
     """Full-size statistics and parameters, of which the first are those of ``active``."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, full: nn.BatchNorm2d, active: nn.BatchNorm2d):
         super().__init__()
         self.eps = full.eps
-        self.running_mean: Tensor
-        self.running_var: Tensor
         for name in ("running_mean", "running_var", "weight", "bias"):
             whole = getattr(full, name).detach().clone()
             whole[: active.num_features] = getattr(active, name).detach()
@@ -118,27 +121,26 @@ def one_thread() -> Iterator[None]:
 def interleaved(
     networks: Mapping[float, Mapping[str, nn.Module]],  # width -> provider -> network
     inputs: Mapping[int, Tensor],  # batch size -> input
-    budget: float = 0.15,  # seconds of measuring a width, provider and batch size
-    advance: Callable[[], None] = lambda: None,
+    budget: float = 6.0,  # seconds of measuring a batch size
 ) -> dict[tuple[float, str, int], Timing]:
-    """Every network on every input, one thread: all are warmed up first, then they take turns, round by round."""
+    """Every network on every input, one thread: all are warmed up first, then they take turns, round by round.
+
+    A sample is one call, or as many as fill 0.2 ms: short enough that another program's time slice spoils few of them.
+    """
     found: dict[tuple[float, str, int], Timing] = {}
     with one_thread(), torch.inference_mode():
         for batch, x in inputs.items():
             cases = {(w, name): network for w, by_name in networks.items() for name, network in by_name.items()}
-            for network in cases.values():
-                network(x)
-            once = {case: _seconds(network, x, 3) for case, network in cases.items()}
-            rounds = 25
-            calls = {case: max(1, int(budget / rounds / max(seconds, 1e-7))) for case, seconds in once.items()}
+            once = {case: min(_seconds(network, x, 1) for _ in range(5)) for case, network in cases.items()}
+            calls = {case: max(1, round(2e-4 / seconds)) for case, seconds in once.items()}
+            rounds = int(budget / sum(calls[case] * once[case] for case in cases))
             samples: dict[tuple[float, str], list[float]] = {case: [] for case in cases}
-            for _ in range(rounds):
+            for _ in range(min(max(rounds, 11), 500)):
                 for case, network in cases.items():
                     samples[case].append(_seconds(network, x, calls[case]))
             for (w, name), values in samples.items():
                 p20, _, _, p80 = statistics.quantiles(values, n=5)
                 found[w, name, batch] = Timing(1e3 * p20, 1e3 * statistics.median(values), 1e3 * p80)
-            advance()
     return found
 
 

@@ -71,7 +71,7 @@ def run(
     torch.manual_seed(seed)
     widths = sorted(recipe.widths, reverse=True)
     test = InOrder(recipe.data.test_x, recipe.data.test_y)
-    example = prepared(recipe.data.test_x[:2])
+    example = prepared(recipe.data.test_x[:1])
     model = elastic.convert(recipe.network, example, **recipe.convert)
     console.print(f"[bold]{recipe.name}[/bold], {recipe.data.name}: {_counts(recipe.data)}", highlight=False)
     console.print(elastic.report(model))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from slimkernels.recipes.pipeline import Recipe
 
 Row = dict[str, Any]
+SHORT = {"slimkernels": "ours", "slicing": "slicing", "plain": "plain"}
 
 
 def rows(
@@ -39,7 +41,7 @@ def rows(
     for w in widths:
         cost = elastic.cost(model, w)
         row: Row = {"network": recipe.name, "data": recipe.data.name, "width": f"{w:g}"}
-        row |= {"parameters": cost.params, "macs": _per_image(cost.macs)}
+        row |= {"parameters": cost.params, "macs": cost.macs}
         row |= {"accuracy_before": f"{before[w]:.4f}", "accuracy_after": f"{after[w]:.4f}"}
         for batch in recipe.latency_batches:
             for provider in PROVIDERS:
@@ -53,11 +55,6 @@ def rows(
         row["note"] = " ".join(recipe.notes)
         found.append(row)
     return found
-
-
-def _per_image(macs: int) -> int:
-    """The recipes convert with an example of two images."""
-    return macs // 2
 
 
 def cpu_name() -> str:
@@ -82,21 +79,27 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def table(rows: Sequence[Row], recipe: "Recipe") -> Table:
-    batches = list(recipe.latency_batches)
-    drawn = Table(
-        title=f"{recipe.name} on {recipe.data.name}: latency in ms, one thread, medians of one interleaved run"
+    """The rows as a person reads them: accuracies in percent, median latencies. Fits 80 columns."""
+    title = (
+        f"{recipe.name} on {recipe.data.name}\naccuracy in %; latency in ms: medians of one interleaved run, one thread"
     )
-    for name in ("width", "parameters", "MACs", "before", "after"):
-        drawn.add_column(name, justify="right", no_wrap=True)
+    drawn = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    batches = list(recipe.latency_batches)
+    heads = ["width", "params", "MACs", "before", "after"]
     for batch in batches:
-        for provider in PROVIDERS:
-            drawn.add_column(f"{provider}\nbatch {batch}", justify="right", no_wrap=True)
+        heads += [f"batch\n{SHORT[PROVIDERS[0]]}", f"{batch}\n{SHORT[PROVIDERS[1]]}", f"\n{SHORT[PROVIDERS[2]]}"]
+    for head in heads:
+        drawn.add_column(head if "\n" in head else f"\n{head}", justify="right", no_wrap=True)
     for row in rows:
-        cells = [row["width"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f} M"]
-        cells += [row["accuracy_before"], f"[bold]{row['accuracy_after']}[/bold]"]
+        cells = [row["width"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}M"]
+        cells += [_percent(row["accuracy_before"]), f"[bold]{_percent(row['accuracy_after'])}[/bold]"]
         cells += [_short(row[f"{provider}_batch{batch}_p50_ms"]) for batch in batches for provider in PROVIDERS]
         drawn.add_row(*cells)
     return drawn
+
+
+def _percent(fraction: str) -> str:
+    return f"{100 * float(fraction):.1f}"
 
 
 def _short(milliseconds: str) -> str:
@@ -115,6 +118,7 @@ def plot(rows: Sequence[Row], path: Path, recipe: "Recipe") -> None:
         raise RuntimeError("plot: matplotlib is not installed; type 'pip install matplotlib'") from None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     batches = list(recipe.latency_batches)
     figure = Figure(figsize=(5.2 * len(batches), 4.2), layout="constrained")
@@ -128,6 +132,9 @@ def plot(rows: Sequence[Row], path: Path, recipe: "Recipe") -> None:
         for x, y, row in zip(ours, accuracy, rows, strict=True):
             axes.annotate(row["width"], (x, y), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"ms for a batch of {batch}, one thread")
         axes.set_ylabel("test accuracy")
         axes.grid(alpha=0.3, which="both")
