@@ -60,6 +60,7 @@ def run(
     command: str = "",
     console: Console | None = None,
     checkpoint_every: int = 100,
+    latency_seconds: float = 6.0,
 ) -> list[results.Row]:
     """Runs the recipe and writes ``elastic.safetensors``, ``subnetwork-<w>.pt``, ``table.csv`` and ``plot.png`` into ``out``.
 
@@ -95,7 +96,7 @@ def run(
 
     with console.status("latency: slimkernels, slicing code and plain networks in turns, one thread"):
         networks, inputs = contestants(recipe, model, widths)
-        timings = latency.interleaved(networks, inputs)
+        timings = latency.interleaved(networks, inputs, latency_seconds)
     rows = results.rows(recipe, model, widths, before, after, timings, seed=seed, command=command)
 
     with writing(out / "elastic.safetensors") as aside:
