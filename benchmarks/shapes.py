@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILE = Path(__file__).parent / "op-shapes.csv"
-MAX_MACS = 2**28  # of one forward call; about 5 ms on one core
+MAX_MACS = 2**27  # of one forward call; about 2 ms on one core
 MAX_ELEMENTS = 2**23  # of input and output together
 QUICK_WIDTHS = (0.25, 1.0)
 
@@ -91,4 +91,4 @@ def reduced(n: int, macs: float, elements: float) -> tuple[int, str]:
     batch = n
     while batch > 1 and (batch * macs > MAX_MACS or batch * elements > MAX_ELEMENTS):
         batch = (batch + 1) // 2
-    return batch, "" if batch == n else f"batch {n} halved to {batch}: at most 2^28 MACs and 2^23 activations a call"
+    return batch, "" if batch == n else f"batch {n} halved to {batch}: at most 2^27 MACs and 2^23 activations a call"
