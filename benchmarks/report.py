@@ -47,16 +47,16 @@ def summary(rows: list[Row], peer: str) -> str:
 
 
 def machine_section(path: Path, rows: list[Row]) -> list[str]:
-    first = rows[0]
     names = peers(rows)
     lines = [
-        f"### {first['machine']}, {first['isa']}, {first['threads']} thread(s)",
+        f"### {rows[0]['machine']}, {rows[0]['isa']}, {rows[0]['threads']} thread(s)",
         "",
         "Time of the peer over time of slimkernels in the same interleaved run: above 1, slimkernels is faster."
         " Geometric mean over the layer shapes of the op (lowest to highest; how many are slower, below 0.995)."
         " `plain` is the PyTorch module built at that width, `slice` the usual slicing code, `compile` torch.compile of"
         " the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
-        f" net only. Every row: [{path.name}](benchmarks/results/{path.name}).",
+        f" net only. `load` is that of the machine as the run began: above 1, other work took"
+        f" part of the time, and single ratios mean little. Every row: [{path.name}](benchmarks/results/{path.name}).",
         "",
         f"| op | dtype | mode | {' | '.join(names)} | run |",
         f"|---|---|---|{'---|' * len(names)}---|",
@@ -67,7 +67,10 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
             for mode in MODES:
                 part = [row for row in of_op if row["dtype"] == dtype and row["mode"] == mode]
                 if part:
-                    about = f"{part[0]['run']}, {part[0]['date']}, {part[0]['commit']}"
+                    first = part[0]
+                    about = (
+                        f"{first['run']}, {first['date']}, {first['commit']}, load {first.get('load') or 'not noted'}"
+                    )
                     cells = " | ".join(summary(part, name) for name in names)
                     lines.append(f"| `{op}` | {dtype} | {mode} | {cells} | {about} |")
     red = [row for row in rows if row["gate"] != "ok"]

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 COLUMNS = [
     *("op", "net", "width", "shape", "dtype", "mode", "provider", "p20_us", "p50_us", "p80_us", "ratio", "extra_mb"),
-    *("gate", "count", "note", "run", "threads", "machine", "isa", "torch", "commit", "date"),
+    *("gate", "count", "note", "run", "threads", "load", "machine", "isa", "torch", "commit", "date"),
 ]
 BUDGET_S = {"quick": 0.05, "full": 0.04}  # of timing a case, mode and provider; at least 7 samples
 
@@ -89,6 +89,7 @@ def run_op(op: str, quick: bool, threads: int) -> int:
         "op": op,
         "run": kind,
         "threads": threads,
+        "load": f"{os.getloadavg()[0]:.1f}",  # processes that wanted a core in the minute before
         "machine": machine(),
         "isa": isa(),
         "torch": torch.__version__,
