@@ -1,6 +1,7 @@
 """What every op file uses: the library handle, registration, autocast and argument checks."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
         return (None, *given) if isinstance(given, tuple) else (None, given)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(run_backward)}
-    node = type(f"{name}_autograd", (torch.autograd.Function,), members)
+    node: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
 
     def choose(keyset, *inputs):
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
