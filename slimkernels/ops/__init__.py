@@ -3,6 +3,7 @@
 # Importing the extension registers its kernels; the schemas above must exist by then for its checks to see them.
 from slimkernels import _extension  # noqa: F401
 from slimkernels.ops.activation import activation
+from slimkernels.ops.inr_weights import InrParameters, InrTensor, inr_weights
 from slimkernels.ops.slim_batch_norm import slim_batch_norm
 from slimkernels.ops.slim_conv import slim_conv
 from slimkernels.ops.slim_conv_transpose import slim_conv_transpose
@@ -14,7 +15,10 @@ from slimkernels.ops.slim_lstm import slim_lstm
 from slimkernels.ops.slim_rms_norm import slim_rms_norm
 
 __all__ = [
+    "InrParameters",
+    "InrTensor",
     "activation",
+    "inr_weights",
     "slim_batch_norm",
     "slim_conv",
     "slim_conv_transpose",
