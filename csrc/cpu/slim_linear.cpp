@@ -178,8 +178,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_linear_backward_cpu(const at
   if (!takes(x, weight) || dy.scalar_type() != x.scalar_type()) return reference();
 
   at::Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  at::Tensor dw = need_dw ? at::zeros(weight.sizes(), weight.options()) : at::empty({0}, x.options());
-  at::Tensor db = need_db ? at::zeros({weight.size(0)}, weight.options()) : at::empty({0}, x.options());
+  // Zeros only where something outside the slice stays zero: at full width every element is written.
+  const bool all_rows = n == weight.size(0), all = all_rows && k == weight.size(1);
+  const auto gradient = [&](bool needed, bool whole, at::IntArrayRef shape) {
+    return !needed ? at::empty({0}, x.options()) : whole ? at::empty(shape, x.options()) : at::zeros(shape, x.options());
+  };
+  at::Tensor dw = gradient(need_dw, all, weight.sizes());
+  at::Tensor db = gradient(need_db, all_rows, weight.size(0));
   const auto run = [&]<typename T>(T) {
     Matrix<T> w;
     if (!as_matrix(weight, w)) return false;
