@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "reference_call.h"
+#include "slim_conv_depthwise.h"
 #include "slim_conv_direct.h"
 
 namespace slimkernels {
@@ -44,7 +45,10 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
   }
   at::Tensor dx, dw, db;
   if (need_dx) dx = direct_conv_input_gradient(dy, x, weight, geometry);
-  if (need_dw || need_db) std::tie(dw, db) = direct_conv_weight_gradient(dy, x, weight, geometry, need_dw);
+  if (need_dw || need_db) {
+    std::tie(dw, db) = depthwise_conv_weight_gradient(dy, x, weight, geometry, need_dw);
+    if (!db.defined()) std::tie(dw, db) = direct_conv_weight_gradient(dy, x, weight, geometry, need_dw);
+  }
   const bool rest_dx = need_dx && !dx.defined(), rest_dw = need_dw && !dw.defined(), rest_db = need_db && !db.defined();
   if (rest_dx || rest_dw || rest_db) {
     const at::Tensor w = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1) / groups);

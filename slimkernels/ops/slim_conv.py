@@ -39,8 +39,15 @@ def slim_conv(
 
     Equivalent to ``act(F.conv(x, weight[:n, :c // groups], bias[:n], stride, padding, dilation, groups) + residual)``.
 
+    On the CPU, 2d and channels-last, our own kernels read the weight in place and fuse bias, residual and activation:
+    1x1 with stride 1; at most 24 output channels; little work (small batches); float16 up to 64 Ki weights. The gradient
+    of ``x`` likewise and with a stride; that of the weight when 1x1, little work, or depthwise above 3x3 (any layout).
+    In bfloat16 only little work. All else (contiguous tensors, 1d, 3d, groups, wide layers) is oneDNN
+    through PyTorch on the strided slice, then residual and activation in one pass. float64 runs the reference.
+
     Raises: ValueError when a shape, a width or a name does not fit, TypeError when dtypes differ.
-    Numerics: 16-bit inputs are multiplied and summed in float32.
+    Numerics: 16-bit inputs are multiplied and summed in float32; our kernels round once, at the store, oneDNN's also
+    before the residual is added.
     Source: Yu et al., Slimmable Neural Networks (arXiv 1812.08928), section 3.
     """
     op = "slim_conv"

@@ -39,8 +39,11 @@ def slim_conv_transpose(
     Equivalent to ``act(F.conv_transpose(x, weight[:c, :n // groups], bias[:n], stride, padding, output_padding, groups,
     dilation) + residual)``.
 
+    On the CPU oneDNN runs it through PyTorch on the strided slice, then residual and activation in one pass of ours;
+    float64 runs the reference.
+
     Raises: ValueError when a shape, a width or a name does not fit, TypeError when dtypes differ.
-    Numerics: 16-bit inputs are multiplied and summed in float32.
+    Numerics: 16-bit inputs are multiplied and summed in float32, and rounded before the residual is added.
     Source: Yu et al., Slimmable Neural Networks (arXiv 1812.08928), section 3.
     """
     op = "slim_conv_transpose"

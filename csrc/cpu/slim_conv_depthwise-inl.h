@@ -1,0 +1,108 @@
+// Weight gradient of a depthwise convolution with the channels in the vector. Sums are float32 for every dtype.
+
+// The pixels [begin, end) of a line whose taps all lie inside [0, size).
+inline std::pair<int64_t, int64_t> inside(const DepthwiseLine& line, int64_t size) {
+  int64_t begin = 0, end = line.count;
+  for (const DepthwiseTap& tap : line.taps) {
+    if (tap.offset < 0) begin = std::max(begin, (-tap.offset + line.in_step - 1) / line.in_step);
+    const int64_t room = size - 1 - tap.offset;
+    end = std::min(end, room < 0 ? 0 : room / line.in_step + 1);
+  }
+  return {std::min(begin, end), end};
+}
+
+template <typename T>
+inline vf load_some(const T* p, int n) {
+  return n == kLanes ? load(p) : load_first(p, n);
+}
+
+// dw (taps of one kernel row, at stride `padded`) += sum over U-fold pixels of x * dy.
+template <int K, int U, typename T>
+inline void depthwise_gradient_row(const T* x, int64_t tap_step, int64_t x_step, const T* dy, int64_t dy_step,
+                                   int64_t pixels, int n, float* dw, int64_t padded) {
+  vf acc[K][U] = {};
+  int64_t j = 0;
+  if (n == kLanes) {
+    for (; j + U <= pixels; j += U) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        const vf grad = load(dy + (j + u) * dy_step);
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) acc[k][u] += grad * load(x + (j + u) * x_step + k * tap_step);
+      }
+    }
+  }
+  for (; j < pixels; ++j) {
+    const vf grad = load_some(dy + j * dy_step, n);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) acc[k][0] += grad * load_some(x + j * x_step + k * tap_step, n);
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) {
+    vf total = acc[k][0];
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u) total += acc[k][u];
+    store(dw + k * padded, load(dw + k * padded) + total);
+  }
+}
+
+template <typename T>
+inline void depthwise_gradient_taps(int64_t taps, const T* x, int64_t tap_step, int64_t x_step, const T* dy,
+                                    int64_t dy_step, int64_t pixels, int n, float* dw, int64_t padded) {
+  for (; taps >= 7; taps -= 7, x += 7 * tap_step, dw += 7 * padded) {
+    depthwise_gradient_row<7, 1>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+  }
+  for (; taps >= 5; taps -= 5, x += 5 * tap_step, dw += 5 * padded) {
+    depthwise_gradient_row<5, 2>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+  }
+  for (; taps >= 3; taps -= 3, x += 3 * tap_step, dw += 3 * padded) {
+    depthwise_gradient_row<3, 4>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+  }
+  for (; taps > 0; --taps, x += tap_step, dw += padded) {
+    depthwise_gradient_row<1, 4>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+  }
+}
+
+// dw (taps, padded channels) and db (padded channels), float32, zero on entry.
+template <typename T>
+void depthwise_gradient_kernel(const DepthwiseGradient& conv, const T* x, const T* dy, float* dw, float* db) {
+  const int64_t padded = (conv.channels + 15) / 16 * 16;
+  const DepthwiseLine &row = conv.row, &column = conv.column;
+  const auto [first, last] = inside(column, conv.in_w);
+  const int64_t taps = column.taps.size();
+  const int64_t tap_step = (taps > 1 ? column.taps[1].offset - column.taps[0].offset : 0) * conv.in_stride_w;
+  const int64_t x_step = column.in_step * conv.in_stride_w, dy_step = conv.dy_stride_w;
+  at::parallel_for(0, (conv.channels + kLanes - 1) / kLanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = 0; image < conv.images; ++image) {
+      for (int64_t i = 0; i < row.count; ++i) {
+        for (int64_t c = begin * kLanes; c < std::min(end * kLanes, conv.channels); c += kLanes) {
+          const int n = std::min<int64_t>(kLanes, conv.channels - c);
+          const T* grads = dy + image * conv.dy_stride_n + i * conv.dy_stride_h + c;
+          vf total = {};
+          for (int64_t j = 0; j < column.count; ++j) total += load_some(grads + j * dy_step, n);
+          store(db + c, load(db + c) + total);
+          for (const DepthwiseTap& ty : row.taps) {
+            const int64_t y = i * row.in_step + ty.offset;
+            if (y < 0 || y >= conv.in_h) continue;
+            const T* values = x + image * conv.in_stride_n + y * conv.in_stride_h + c;
+            float* to = dw + ty.kernel * conv.kernel_w * padded + c;
+            if (last > first) {
+              depthwise_gradient_taps(taps, values + first * x_step + column.taps[0].offset * conv.in_stride_w,
+                                      tap_step, x_step, grads + first * dy_step, dy_step, last - first, n, to, padded);
+            }
+            for (int64_t j = 0; j < column.count; ++j) {
+              if (j == first) j = last;
+              if (j >= column.count) break;
+              for (const DepthwiseTap& tx : column.taps) {
+                const int64_t at = j * column.in_step + tx.offset;
+                if (at < 0 || at >= conv.in_w) continue;
+                float* sum = to + tx.kernel * padded;
+                store(sum, load(sum) + load_some(values + at * conv.in_stride_w, n) * load_some(grads + j * dy_step, n));
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
