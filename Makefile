@@ -25,19 +25,19 @@ help:
 # A torch wheel that pip is configured to find on this machine (--find-links) is taken before the index is asked.
 $(VENV)/torch.stamp: Makefile .ci/constraints.txt
 	@echo 'Making $(VENV) and installing $(TORCH)'
-	rm -rf $(VENV)
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-deps --no-index $(TORCH) 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
-	$(PIP) install -c .ci/constraints.txt $(TORCH) setuptools wheel ninja numpy
-	touch $@
+	@rm -rf $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --no-deps --no-index $(TORCH) 2>/dev/null || $(PIP) install --no-deps --index-url $(TORCH_INDEX) $(TORCH)
+	@$(PIP) install -c .ci/constraints.txt $(TORCH) setuptools wheel ninja numpy
+	@touch $@
 
 # Installed in place: the sources run as they are, the C++ extension lies beside them.
 $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/bench.stamp: $(VENV)/%.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@echo 'Building the C++ extension and installing the $* extra'
-	$(PIP) install --no-deps $(DATA)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c .ci/constraints.txt --no-build-isolation -e '.[$*]'
-	touch $@
+	@$(PIP) install --no-deps $(DATA)
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) install -c .ci/constraints.txt --no-build-isolation -e '.[$*]'
+	@touch $@
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/slimkernels demo $(ARGS)
@@ -56,7 +56,7 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.report
 
 wheel: $(VENV)/torch.stamp
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/python -c "import setuptools.build_meta as backend; print(backend.build_sdist('dist'))"
 
 clean:

@@ -5,6 +5,7 @@ Nothing here initialises CUDA or imports Triton: asking must not take a GPU.
 
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import platform
 from pathlib import Path
@@ -83,7 +84,7 @@ def _ops() -> Section:
     """Each op of the library and which implementation the dispatcher takes for a CPU tensor."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     section = {}
-    for name in sorted(set(ops.__all__)):
+    for name in sorted(name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))):
         if not hasattr(torch.ops.slimkernels, name):
             section[name] = "composed of other ops"
         elif has_kernel(f"slimkernels::{name}", "CPU"):
