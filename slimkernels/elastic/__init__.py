@@ -1,7 +1,8 @@
-"""Make a trained network run at any width: convert, set widths, calibrate, count, extract, save."""
+"""Make a trained network run at any width: convert, set widths, calibrate, count, extract, compile, save."""
 
 from slimkernels.elastic.calibrate import calibrate
 from slimkernels.elastic.checkpoint import load, save
+from slimkernels.elastic.compile import compile
 from slimkernels.elastic.convert import convert
 from slimkernels.elastic.cost import Cost, cost
 from slimkernels.elastic.extract import extract
@@ -15,6 +16,7 @@ __all__ = [
     "Report",
     "WidthGroup",
     "calibrate",
+    "compile",
     "convert",
     "cost",
     "extract",

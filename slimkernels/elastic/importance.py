@@ -77,7 +77,7 @@ def _own_scores(sort: Mapping[str, Any], groups: Groups) -> dict[str, Tensor]:
 
 def _per_unit(values: Tensor, axis: int, dim: Dim, groups: Groups) -> dict[str, Tensor]:
     """Sum of the non-negative ``values`` over all that belongs to each unit, per group in the dimension."""
-    by_position = values.movedim(axis, 0).flatten(1).sum(1).double().cpu()
+    by_position = values.movedim(axis, 0).reshape(dim.size, -1).sum(1).double().cpu()
     found: dict[str, Tensor] = {}
     start = 0
     for run in dim.runs:
@@ -142,7 +142,7 @@ def _taylor(
         with torch.no_grad():
             product = sliced.tensor.double() * sliced.tensor.grad.double()
             for axis, dim in sliced.axes.items():
-                per_position = product.movedim(axis, 0).flatten(1).sum(1).abs()
+                per_position = product.movedim(axis, 0).reshape(dim.size, -1).sum(1).abs()
                 for name, score in _per_unit(per_position, 0, dim, groups).items():
                     scores[name] += score
     return scores

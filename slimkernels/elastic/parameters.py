@@ -19,7 +19,8 @@ def _active(name: str, axis: int) -> property:
         index = state[f"_index_of_{name}"]
         if index is not None:
             return parameter.index_select(axis, index)
-        return parameter.narrow(axis, 0, state[f"_width_of_{name}"].shape[0])
+        n = state[f"_width_of_{name}"].shape[0]
+        return parameter if n == parameter.shape[axis] else parameter.narrow(axis, 0, n)
 
     def put(self: Any, value: Any) -> None:
         nn.Module.__setattr__(self, name, value)

@@ -106,7 +106,8 @@ def assignments(
             if plain is None and side == "ch" and not isinstance(module, SlimModule):
                 plain = (0, "weight")
             if plain is not None:
-                index = None if dim.blocks == 1 else _index(module, dim, units)
+                leading = dim.blocks == 1 or dim.active(units) == dim.size
+                index = None if leading else _index(module, dim, units)
                 found.append(Assignment(module, dim.active(units), index, plain[1], None))
     for module in modules.values():
         if hasattr(module, "set_mode") and isinstance(module, SlimModule):
@@ -114,8 +115,15 @@ def assignments(
             if entry is None:
                 entry = Assignment(module, module.full_width, None, "", None)
                 found.append(entry)
-            entry.ratio = ratio
+            entry.ratio = _nearest_listed(module, entry.n) if ratio is None else ratio
     return found
+
+
+def _nearest_listed(norm: Any, n: int) -> float | None:
+    """Ratio of a switchable batch norm whose width is set apart from the others'; None lets the norm find out."""
+    if norm.mode != "switchable" or n == norm.full_width or any(channels == n for _, channels in norm.widths):
+        return None
+    return min((abs(channels - n), ratio) for ratio, channels in norm.widths)[1]
 
 
 def _gather(module: Any, dim: Dim | None, units: Mapping[str, int]) -> Tensor | None:

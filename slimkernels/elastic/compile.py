@@ -1,0 +1,28 @@
+"""``compile``: torch.compile for an elastic model, with few graphs for all its widths."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimkernels.elastic.plan import plan
+
+_DYNAMO_LIMIT = 8  # graphs that torch.compile allows by itself
+
+
+def compile(model: nn.Module, **kwargs: Any) -> Any:
+    """``torch.compile`` (same keywords), for any number of widths.
+
+    One graph is made for the first width and one, with the widths as dynamic integers, for all others; the width is set
+    as before, on the compiled model or on the one given. Where widths differ in more than numbers there is a graph for
+    each kind: with switchable batch norm one for each listed width, and for a dict one for each set of dimensions that
+    are full.
+
+    Raises: ValueError when the model was not made by ``convert``.
+    """
+    known = plan(model)
+    # Past its limit Dynamo would run eagerly without a word: a listed width must not do that. Older torch has no such keyword.
+    if known.norm == "switchable" and "recompile_limit" in inspect.signature(torch.compile).parameters:
+        kwargs.setdefault("recompile_limit", _DYNAMO_LIMIT + 2 * len(known.widths))
+    return torch.compile(model, **kwargs)
