@@ -163,3 +163,4 @@ void dot_gates(const T* w, int64_t ld, int64_t gates, int64_t full_hidden, const
 
 #include "recurrent_backward-inl.h"
 #include "recurrent_forward-inl.h"
+#include "recurrent_joined-inl.h"

@@ -74,7 +74,11 @@ struct LstmCell {
 
 template <typename T>
 void lstm_forward_kernel(const RecurrentLayer& layer, const RecurrentOutputs& out, int64_t d) {
-  recurrent_forward_kernel<LstmCell, T>(layer, out, d);
+  if (layer.batch >= kJoinedBatch && layer.rows() >= kDotRows) {
+    recurrent_joined_kernel<LstmCell, T>(layer, out, d);
+  } else {
+    recurrent_forward_kernel<LstmCell, T>(layer, out, d);
+  }
 }
 
 template <typename T>
