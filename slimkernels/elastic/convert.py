@@ -14,7 +14,7 @@ from slimkernels.elastic.layers import kind_of, reason_not_slimmable
 from slimkernels.elastic.plan import Plan, matches
 from slimkernels.elastic.probe import Prober
 from slimkernels.elastic.slices import permute
-from slimkernels.elastic.trace import analysis_copy, check_example, float_inputs, run, trace
+from slimkernels.elastic.trace import IS_OUTPUT, analysis_copy, check_example, float_inputs, run, trace
 from slimkernels.elastic.transform import set_norm_mode, transform
 from slimkernels.elastic.width import set_width
 
@@ -181,7 +181,7 @@ def _analyse(model: nn.Module, example: Any, ignored: set[str], permutes: bool) 
 
 
 def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict[str, str]:
-    """Every layer with parameters of its own that no width changes, and why."""
+    """Every layer with parameters of its own that no width changes, and those whose outputs could not be slimmed; and why."""
     live = {name for name, _ in analysis.dims}
     found = {}
     for name, module in model.named_modules():
@@ -199,6 +199,9 @@ def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict
                 else "the trace does not reach it"
             )
         found[name] = reason
+    for name, reason in analysis.rejected.items():
+        if name in live and reason != IS_OUTPUT:
+            found[name] = f"its outputs stay full: {reason}"
     return found
 
 

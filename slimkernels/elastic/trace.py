@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkernels.elastic.layers import full_size, kind_of
 
+IS_OUTPUT = "its channels are an output of the network"
+
 
 def as_call(example_inputs: Any) -> tuple[tuple, dict[str, Any]]:
     """Positional and keyword arguments: a tensor is one argument, a tuple or list several, a dict keywords."""
@@ -259,7 +261,7 @@ def _follow(
         start, size = coupling.offsets[key]
         coupling.known.add(key)
         if id(graph.module2node[module]) in ends:
-            coupling.poison_all(key, "its channels are an output of the network")
+            coupling.poison_all(key, IS_OUTPUT)
         if all(i in done for i in range(start, start + size)):
             continue
         pruner = graph.get_pruner_of_module(module)
@@ -305,7 +307,7 @@ def _couple_item(
     else:
         key = None  # an operation: its channels are those of the layers around it
     if id(target) in ends and (key is None or key[1] != "in"):
-        coupling.poison.extend((start + r, "its channels are an output of the network") for r in roots)
+        coupling.poison.extend((start + r, IS_OUTPUT) for r in roots)
     if key is None:
         return
     if key not in coupling.offsets:
