@@ -34,7 +34,7 @@ class _SlimRecurrent(SlimModule, nn.RNNBase):
     def _weights(self) -> list[Tensor]:
         # A parametrized weight is no parameter; the others are read from the dictionary, which costs a tenth of getattr.
         parameters = self._parameters
-        weights = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
+        weights: list = [parameters[n] if n in parameters else getattr(self, n) for n in self._flat_weights_names]
         if self.in_index is not None:
             per_direction = len(self._all_weights[0])
             for at in range(0, per_direction * (2 if self.bidirectional else 1), per_direction):

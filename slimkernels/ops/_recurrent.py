@@ -121,8 +121,10 @@ def run_layers(
 ) -> tuple[Tensor, ...]:
     """y and the final states, each (num_layers * directions, batch, size)."""
     for name, state, size in zip(("h0", "c0"), states, state_sizes, strict=False):
-        check_shape(op, name, state, (num_layers * directions, batch, size))
-        check_same_dtype_device(op, x, **{name: state})
+        if state is not None:
+            check_shape(op, name, state, (num_layers * directions, batch, size))
+            if state.dtype != x.dtype or state.device != x.device:
+                check_same_dtype_device(op, x, **{name: state})
     for weight in weights:
         if weight.dtype != x.dtype or weight.device != x.device:
             check_same_dtype_device(op, x, weights=weight)

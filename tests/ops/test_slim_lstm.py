@@ -182,6 +182,20 @@ def test_slim_lstm_recompute_gives_the_same_gradients():
         assert torch.equal(a, b)
 
 
+def test_slim_lstm_directions_side_by_side_give_the_same_result():
+    x, weights = torch.randn(9, 20, 8), [w.requires_grad_() for w in make_weights(12, 10, directions=2)]
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            y, _ = slim_lstm(x, weights, 9, bidirectional=True)
+            results.append([y, *torch.autograd.grad(y.square().sum(), weights)])
+        finally:
+            torch.set_num_threads(1)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_slim_lstm_dropout_between_layers():
     x, weights = torch.randn(6, 3, 8), make_weights(12, 10, layers=2)
     plain, _ = slim_lstm(x, weights, 9, num_layers=2)
