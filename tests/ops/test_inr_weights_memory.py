@@ -1,0 +1,51 @@
+"""Peak memory of forward and backward over the number of coordinates, each point in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from slimkernels._extension import cpp_available
+
+SCRIPT = """
+import resource, sys, torch
+from benchmarks.published_inr import generate
+from slimkernels.ops import InrParameters, InrTensor, inr_weights
+from tests.ops.test_inr_weights import networks
+
+torch.set_num_threads(1)
+way, channels = sys.argv[1], int(sys.argv[2])
+p = InrParameters(*(t.requires_grad_() for t in networks(1, 128, 3, 8)))
+
+def step(size):
+    tensors, active = [InrTensor(0, 1, (3, 3))], [(size, size)]
+    if way == "published":
+        weights = generate(p, tensors, active, norm=512.0)
+    else:
+        weights = inr_weights(p, tensors, active, norm=512.0, save=way)
+    torch.autograd.grad(weights, p, [torch.ones_like(w) for w in weights])
+
+step(8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(channels)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def peak(way: str, channels: int) -> int:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, way, str(channels)], capture_output=True, text=True, check=True, timeout=300
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(not cpp_available(), reason="the reference recomputes in larger pieces")
+def test_inr_weights_recompute_needs_memory_for_the_weights_alone():
+    curve = {channels: peak("recompute", channels) for channels in (64, 256)}
+    weights = {channels: channels**2 * 9 * 4 for channels in curve}
+    parameters = 4 * (128 * (6 + 12 * 8) + 3 * 128 * 128 + 9 * 128)
+    for channels, extra in curve.items():
+        assert extra <= 6 * (weights[channels] + parameters) + 2**21, curve
+    assert curve[256] <= peak("published", 256) / 10
+    kept = 3 * 128 * 256**2 * 4  # what "full" saves
+    assert curve[256] + kept / 2 <= peak("full", 256)
