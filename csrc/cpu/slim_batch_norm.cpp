@@ -1,10 +1,10 @@
 #include "common.h"
 #include "reference_call.h"
+#include "row_norm.h"
 #include "slim_batch_norm.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -16,8 +16,6 @@
 
 namespace slimkernels {
 namespace {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 void check_vector(const char* name, const OptionalTensor& t, int64_t channels) {
   TORCH_CHECK_VALUE(!t || (t->dim() == 1 && t->size(0) >= channels), "slim_batch_norm: expected ", name,
@@ -33,15 +31,6 @@ void check_like(const char* name, const at::Tensor& t, const at::Tensor& x) {
 bool takes(const at::Tensor& x, const OptionalTensor& a, const OptionalTensor& b) {
   const auto fits = [](const OptionalTensor& t) { return !t || is_kernel_dtype(*t); };
   return is_kernel_dtype(x) && x.dim() >= 2 && x.numel() > 0 && fits(a) && fits(b);
-}
-
-// A gradient of full size from its first entries.
-at::Tensor full_gradient(const at::Tensor& like, const std::vector<float>& active) {
-  at::Tensor grad = at::zeros_like(like, like.options(), at::MemoryFormat::Contiguous);
-  AT_DISPATCH_SWITCH(grad.scalar_type(), "slim_batch_norm_backward", SK_CASES_F32_BF16_F16([&] {
-    std::copy(active.begin(), active.end(), grad.data_ptr<scalar_t>());
-  }));
-  return grad;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_cpu(

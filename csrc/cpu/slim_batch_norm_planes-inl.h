@@ -23,12 +23,10 @@ void forward_planes(const ForwardCall<T>& call) {
 template <Activation act, bool kSaved, typename T>
 void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, float invstd) {
   const auto [rows, samples, channels, length] = call.layout;
-  // Where dz is stored anyway, or is dear, the second pass reads it back.
-  constexpr bool dear = act != Activation::kNone && act != Activation::kRelu && act != Activation::kRelu6;
-  const bool stash = call.dz.data || (dear && call.dx.data && call.need_sums);
+  const bool stash = call.dz.data || (!is_cheap(act) && call.dx.data);
   const Operand<T> dz = call.dz.data ? call.dz : call.dx;
   double sum_dz = 0, sum_dzx = 0;
-  if (call.need_sums || call.dz.data) {
+  if (call.need_sums || stash) {
     for (int64_t n = 0; n < samples; ++n) {
       for (int64_t i = 0; i < length; i += kPiece) {
         vf block_dz = splat(0), block_dzx = splat(0);
@@ -54,7 +52,7 @@ void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, f
     if (stash) {
       dx_segment<Activation::kNone, false, T>(dz.plane(n, c), call.x.plane(n, c), nullptr, call.dx.plane(n, c), length, a, slope,
                                               offset);
-    } else {
+    } else if constexpr (is_cheap(act)) {
       dx_segment<act, kSaved>(call.dy.plane(n, c), call.x.plane(n, c), call.saved.plane(n, c), call.dx.plane(n, c), length, a,
                               slope, offset);
     }
@@ -69,8 +67,8 @@ void backward_planes(const BackwardCall<T>& call) {
       for (int64_t c = begin; c < end; ++c) {
         const float invstd = inverse_std(call.var[c], call.eps);
         const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * invstd}, {call.bias[c]}};
-        if (call.saved.data) {
-          backward_channel<act, true>(call, c, a, invstd);
+        if (act != Activation::kNone && call.saved.data) {
+          backward_channel<act, act != Activation::kNone>(call, c, a, invstd);
         } else {
           backward_channel<act, false>(call, c, a, invstd);
         }

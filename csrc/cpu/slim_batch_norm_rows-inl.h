@@ -1,12 +1,15 @@
 // Rows of channels. Narrow rows that are dense are walked several at a time, so that vectors are full: `repeat` rows make one of
 // `repeat * channels` columns, and the last rows that don't make up one are a shorter row at the end.
 
+constexpr int kTile = 4;  // vectors of columns walked together
+
 struct RowPlan {
   int64_t channels, repeat, columns, rows, rest;  // rest: columns of the shorter last row, 0 when there is none
 
   RowPlan(const NormLayout& layout, bool dense) : channels(layout.channels) {
     const int64_t total = layout.samples * layout.length;
     repeat = dense ? kLanes / std::gcd<int64_t, int64_t>(channels, kLanes) : 1;
+    while (dense && channels * repeat < 256) repeat *= 2;  // long enough to keep the loop overhead small
     if (total < 4 * repeat) repeat = 1;
     columns = channels * repeat;
     rows = total / repeat;
@@ -22,10 +25,15 @@ struct RowPlan {
   }
 };
 
+template <bool kFull, typename T>
+inline vf part(const T* p, int64_t n) {
+  return kFull ? load(p) : load_tail(p, n);
+}
+
 // Adds a block of rows to the moments (double mean[], m2[]) of kVectors vectors of columns that have seen `before` rows.
-template <int kVectors, typename T>
+template <int kVectors, bool kFull, typename T>
 void add_rows(const T* x, int64_t rows, int64_t stride, int64_t width, double before, double* mean, double* m2) {
-  const auto at = [&](int64_t r, int v) { return load_part(x + r * stride + v * kLanes, width - v * kLanes); };
+  const auto at = [&](int64_t r, int v) { return part<kFull>(x + r * stride + v * kLanes, width - v * kLanes); };
   vf total[kVectors], squares[kVectors], centre[kVectors];
   for (int v = 0; v < kVectors; ++v) total[v] = squares[v] = splat(0);
   for (int64_t r = 0; r < rows; ++r) {
@@ -55,9 +63,10 @@ template <typename T>
 void add_row_block(const T* x, int64_t rows, int64_t stride, int64_t columns, double before, double* mean, double* m2) {
   int64_t c = 0;
   for (; c + kTile * kLanes <= columns; c += kTile * kLanes) {
-    add_rows<kTile>(x + c, rows, stride, kTile * kLanes, before, mean + c, m2 + c);
+    add_rows<kTile, true>(x + c, rows, stride, kTile * kLanes, before, mean + c, m2 + c);
   }
-  for (; c < columns; c += kLanes) add_rows<1>(x + c, rows, stride, columns - c, before, mean + c, m2 + c);
+  for (; c + kLanes <= columns; c += kLanes) add_rows<1, true>(x + c, rows, stride, kLanes, before, mean + c, m2 + c);
+  if (c < columns) add_rows<1, false>(x + c, rows, stride, columns - c, before, mean + c, m2 + c);
 }
 
 template <typename T>
@@ -121,33 +130,56 @@ void forward_rows(const ForwardCall<T>& call) {
   });
 }
 
-// Sums over rows [begin, end) of dz and dz * (x - mean), added to sums[0..] and sums[padded..]; stores dz where asked.
+// Adds the sums over a block of rows of dz and dz * (x - mean) for kVectors vectors of columns from column c on; stores dz where asked.
+template <Activation act, bool kSaved, int kVectors, bool kFull, typename T>
+void reduce_columns(const BackwardCall<T>& call, Affine<Entries> a, Operand<T> dz, int64_t begin, int64_t end, int64_t step, int64_t c,
+                    int64_t width, double* sums, double* sums_x) {
+  vf sum_dz[kVectors], sum_dzx[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum_dz[v] = sum_dzx[v] = splat(0);
+  for (int64_t r = begin; r < end; r += step) {
+    const T *dy = call.dy.row(r) + c, *x = call.x.row(r) + c, *saved = kSaved ? call.saved.row(r) + c : nullptr;
+    T* out = dz.data ? dz.row(r) + c : nullptr;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t i = v * kLanes, n = width - i;
+      const vf centred = part<kFull>(x + i, n) - a.mean.at(c + i);
+      const vf g = gradient<act>(part<kFull>(dy + i, n), centred, a.scale.at(c + i), a.shift.at(c + i),
+                                 kSaved ? part<kFull>(saved + i, n) : splat(0), kSaved);
+      sum_dz[v] = sum_dz[v] + g;
+      sum_dzx[v] = sum_dzx[v] + g * centred;
+      if (out) kFull ? store(out + i, g) : store_tail(out + i, g, n);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    for (int i = 0; i < kLanes && v * kLanes + i < width; ++i) {
+      sums[c + v * kLanes + i] += sum_dz[v][i];
+      sums_x[c + v * kLanes + i] += sum_dzx[v][i];
+    }
+  }
+}
+
+// All columns of the joined rows [begin, end).
 template <Activation act, bool kSaved, typename T>
 void reduce_rows(const BackwardCall<T>& call, const RowPlan& plan, Affine<Entries> a, Operand<T> dz, int64_t begin, int64_t end,
                  int64_t columns, double* sums) {
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, columns - c);
-    const Affine<Entries> at{{a.mean.values + c}, {a.scale.values + c}, {a.shift.values + c}};
-    vf sum_dz = splat(0), sum_dzx = splat(0);
-    for (int64_t r = begin * plan.repeat; r < end * plan.repeat; r += plan.repeat) {
-      reduce_segment<act, kSaved>(call.dy.row(r) + c, call.x.row(r) + c, kSaved ? call.saved.row(r) + c : nullptr,
-                                  dz.data ? dz.row(r) + c : nullptr, n, at, sum_dz, sum_dzx);
-    }
-    for (int i = 0; i < n; ++i) {
-      sums[c + i] += sum_dz[i];
-      sums[plan.padded() + c + i] += sum_dzx[i];
-    }
+  double* sums_x = sums + plan.padded();
+  begin *= plan.repeat;
+  end *= plan.repeat;
+  int64_t c = 0;
+  for (; c + kTile * kLanes <= columns; c += kTile * kLanes) {
+    reduce_columns<act, kSaved, kTile, true>(call, a, dz, begin, end, plan.repeat, c, kTile * kLanes, sums, sums_x);
+  }
+  for (; c < columns; c += kLanes) {
+    reduce_columns<act, kSaved, 1, false>(call, a, dz, begin, end, plan.repeat, c, std::min<int64_t>(kLanes, columns - c), sums, sums_x);
   }
 }
 
 template <Activation act, bool kSaved, typename T>
 void backward_rows_of(const BackwardCall<T>& call, const RowPlan& plan, Affine<Entries> a, const std::vector<float>& scale) {
-  constexpr bool dear = act != Activation::kNone && act != Activation::kRelu && act != Activation::kRelu6;
-  const bool stash = call.dz.data || (dear && call.dx.data && call.need_sums);
+  const bool stash = call.dz.data || (!is_cheap(act) && call.dx.data);
   const Operand<T> dz = !stash ? Operand<T>{} : call.dz.data ? call.dz : call.dx;
   const int64_t chunks = plan.chunks(), padded = plan.padded(), channels = plan.channels;
   std::vector<double> sums((chunks + 1) * 2 * padded, 0.0);
-  if (call.need_sums || call.dz.data) {
+  if (call.need_sums || stash) {
     at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t last = plan.rows * (chunk + 1) / chunks;
@@ -183,7 +215,7 @@ void backward_rows_of(const BackwardCall<T>& call, const RowPlan& plan, Affine<E
     const Entries s{slopes.data()}, o{offsets.data()};
     if (stash) {
       dx_segment<Activation::kNone, false, T>(dz.row(r), call.x.row(r), nullptr, call.dx.row(r), columns, a, s, o);
-    } else {
+    } else if constexpr (is_cheap(act)) {
       dx_segment<act, kSaved>(call.dy.row(r), call.x.row(r), call.saved.row(r), call.dx.row(r), columns, a, s, o);
     }
   });
@@ -200,8 +232,8 @@ void backward_rows(const BackwardCall<T>& call) {
   const std::vector<float> means = plan.spread(call.mean), scales = plan.spread(scale.data()), shifts = plan.spread(call.bias);
   const Affine<Entries> a{{means.data()}, {scales.data()}, {shifts.data()}};
   SK_SWITCH_ACTIVATION(call.activation, [&] {
-    if (call.saved.data) {
-      backward_rows_of<act, true>(call, plan, a, scale);
+    if (act != Activation::kNone && call.saved.data) {
+      backward_rows_of<act, act != Activation::kNone>(call, plan, a, scale);
     } else {
       backward_rows_of<act, false>(call, plan, a, scale);
     }

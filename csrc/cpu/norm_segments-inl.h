@@ -1,0 +1,181 @@
+// Contiguous segments of the norms: moments, normalisation with activation, and the two passes of backward.
+//
+// Moments are merged from blocks small enough for the L1 cache: within a block the mean is taken first and then the sum of squared
+// distances from it, so the second read costs no memory traffic and nothing cancels.
+
+namespace {  // the copies in other files must not be taken for these
+
+constexpr int64_t kPiece = 2048;    // elements of a plane per block
+constexpr int64_t kBlockRows = 64;  // rows per block
+
+// Per-channel numbers: one for a whole plane, or one per element of a row (padded to full vectors).
+struct Splat {
+  float value;
+  vf at(int64_t) const { return splat(value); }
+};
+struct Entries {
+  const float* values;
+  vf at(int64_t i) const { return load(values + i); }
+};
+
+template <typename P>
+struct Affine {  // z = (x - mean) * scale + shift
+  P mean, scale, shift;
+};
+
+struct Moments {
+  double count = 0, mean = 0, m2 = 0;
+
+  void merge(double n, double block_mean, double block_m2) {
+    const double delta = block_mean - mean, total = count + n;
+    mean += delta * (n / total);
+    m2 += block_m2 + delta * delta * (count * n / total);
+    count = total;
+  }
+};
+
+// Ends of segments; not inlined, so that the many loops below stay small.
+template <typename T>
+__attribute__((noinline)) vf load_tail(const T* p, int64_t n) {
+  return load_first(p, static_cast<int>(n));
+}
+template <typename T>
+__attribute__((noinline)) void store_tail(T* p, vf v, int64_t n) {
+  store_first(p, v, static_cast<int>(n));
+}
+
+template <typename T, typename F>
+inline vf accumulate(const T* x, int64_t n, F f) {
+  vf a = splat(0), b = a, c = a, d = a;
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    a = a + f(load(x + i));
+    b = b + f(load(x + i + kLanes));
+    c = c + f(load(x + i + 2 * kLanes));
+    d = d + f(load(x + i + 3 * kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) a = a + f(load(x + i));
+  return (a + b) + (c + d);
+}
+
+// Mean and squared distances of `planes` segments of `n` elements each, `stride` apart.
+template <typename T>
+void add_block(Moments& moments, const T* x, int64_t planes, int64_t stride, int64_t n) {
+  const int64_t full = n / kLanes * kLanes, rest = n - full;
+  vf total = splat(0);
+  for (int64_t p = 0; p < planes; ++p) {
+    total = total + accumulate(x + p * stride, full, [](vf v) { return v; });
+    if (rest) total = total + load_tail(x + p * stride + full, rest);
+  }
+  const double count = static_cast<double>(planes * n), mean = sum(total) / count;
+  const vf centre = splat(static_cast<float>(mean));
+  vf squares = splat(0);
+  for (int64_t p = 0; p < planes; ++p) {
+    squares = squares + accumulate(x + p * stride, full, [&](vf v) { return (v - centre) * (v - centre); });
+    for (int64_t i = full; i < n; ++i) {
+      const float d = static_cast<float>(x[p * stride + i]) - centre[0];
+      squares[0] += d * d;
+    }
+  }
+  // Distances were taken from the rounded mean.
+  const double off = mean - centre[0];
+  moments.merge(count, mean, sum(squares) - count * off * off);
+}
+
+template <typename T>
+Moments plane_moments(const T* x, int64_t samples, int64_t stride, int64_t length) {
+  Moments moments;
+  if (length >= kPiece / 2) {
+    for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t i = 0; i < length; i += kPiece) add_block(moments, x + n * stride + i, 1, 0, std::min(kPiece, length - i));
+    }
+  } else {
+    const int64_t together = kPiece / length;
+    for (int64_t n = 0; n < samples; n += together) {
+      add_block(moments, x + n * stride, std::min(together, samples - n), stride, length);
+    }
+  }
+  return moments;
+}
+
+template <Activation act, typename T, typename P>
+void normalize(const T* x, const T* residual, T* y, int64_t n, Affine<P> a) {
+  const auto at = [&](vf v, vf r, int64_t i) {
+    return activate<act>((v - a.mean.at(i)) * a.scale.at(i) + a.shift.at(i) + r);
+  };
+  int64_t i = 0;
+  if (residual) {
+    for (; i + kLanes <= n; i += kLanes) store(y + i, at(load(x + i), load(residual + i), i));
+  } else {
+    for (; i + kLanes <= n; i += kLanes) store(y + i, at(load(x + i), splat(0), i));
+  }
+  if (i < n) {
+    const int64_t rest = n - i;
+    store_tail(y + i, at(load_tail(x + i, rest), residual ? load_tail(residual + i, rest) : splat(0), i), rest);
+  }
+}
+
+// Gradient at the activation's input. `saved` is the forward's output where the derivative can be had from it, else the residual;
+// null when there was no residual: the input is recomputed from x.
+template <Activation act>
+inline vf gradient(vf dy, vf centred, vf scale, vf shift, vf saved, bool has_saved) {
+  if constexpr (act == Activation::kNone) return dy;
+  if (derivative_uses_output(act)) {
+    return dy * activation_derivative<act>(has_saved ? saved : activate<act>(centred * scale + shift));
+  }
+  return dy * activation_derivative<act>(centred * scale + shift + saved);
+}
+
+// Cheap derivatives are computed in both passes of backward; for the others the first pass leaves dz in memory for the second.
+constexpr bool is_cheap(Activation act) {
+  return act == Activation::kNone || act == Activation::kRelu || act == Activation::kRelu6;
+}
+
+// Sums of dz and of dz * (x - mean), and dz itself where `dz` isn't null.
+template <Activation act, bool kSaved, typename T, typename P>
+void reduce_segment(const T* dy, const T* x, const T* saved, T* dz, int64_t n, Affine<P> a, vf& sum_dz, vf& sum_dzx) {
+  const auto at = [&](vf g, vf v, vf s, int64_t i) {
+    const vf centred = v - a.mean.at(i);
+    g = gradient<act>(g, centred, a.scale.at(i), a.shift.at(i), s, kSaved);
+    sum_dz = sum_dz + g;
+    sum_dzx = sum_dzx + g * centred;
+    return g;
+  };
+  int64_t i = 0;
+  if (dz) {
+    for (; i + kLanes <= n; i += kLanes) {
+      store(dz + i, at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i));
+    }
+  } else {
+    for (; i + kLanes <= n; i += kLanes) at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i);
+  }
+  if (i < n) {
+    const int64_t rest = n - i;
+    // Lanes past the end have dy = 0, so they add nothing.
+    const vf g = at(load_tail(dy + i, rest), load_tail(x + i, rest), kSaved ? load_tail(saved + i, rest) : splat(0), i);
+    if (dz) store_tail(dz + i, g, rest);
+  }
+}
+
+// dx = dz * scale + (x - mean) * slope + offset.
+template <Activation act, bool kSaved, typename T, typename P>
+void dx_segment(const T* dy, const T* x, const T* saved, T* dx, int64_t n, Affine<P> a, P slope, P offset) {
+  const auto at = [&](vf g, vf v, vf s, int64_t i) {
+    const vf centred = v - a.mean.at(i), scale = a.scale.at(i);
+    g = gradient<act>(g, centred, scale, a.shift.at(i), s, kSaved);
+    return g * scale + centred * slope.at(i) + offset.at(i);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    store(dx + i, at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i));
+  }
+  if (i < n) {
+    const int64_t rest = n - i;
+    const vf s = kSaved ? load_tail(saved + i, rest) : splat(0);
+    store_tail(dx + i, at(load_tail(dy + i, rest), load_tail(x + i, rest), s, i), rest);
+  }
+}
+
+inline float inverse_std(float var, double eps) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(var) + eps)); }
+
+}  // namespace
