@@ -106,3 +106,11 @@ class Display:
 
 def label(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def by_width(losses: dict[Any, Tensor], bounds: tuple[float, float] | None) -> dict[str, Tensor]:
+    """Losses of widths by name; with the bounds of a range, the random widths in it, other ones every step, go under
+    `between`."""
+    fixed = {label(w): loss for w, loss in losses.items() if bounds is None or w in bounds}
+    between = [loss for w, loss in losses.items() if bounds is not None and w not in bounds]
+    return {**fixed, "between": torch.stack(between).mean()} if between else fixed

@@ -12,7 +12,7 @@ from slimkernels.train.data import iter_is_self
 from slimkernels.train.distill import Distillation, distillation
 from slimkernels.train.evaluate import Metric, evaluate
 from slimkernels.train.loop import Row, Trainer
-from slimkernels.train.progress import label
+from slimkernels.train.progress import by_width
 from slimkernels.train.step import LossFn, accumulate_passes, elastic_widths, make_sampler
 from slimkernels.train.widths import WidthSampler, spaced
 
@@ -94,12 +94,7 @@ class SlimmableTrainer(Trainer):
         return {w: found[0] if len(found) == 1 else torch.stack(found).mean() for w, found in collected.items()}
 
     def named_losses(self, losses: dict[Any, Tensor]) -> dict[str, Tensor]:
-        """The random widths of a range, other ones every step, go under `between`."""
-        if self.sampler.range is None:
-            return super().named_losses(losses)
-        named = {label(w): loss for w, loss in losses.items() if w in self.sampler.range}
-        between = [loss for w, loss in losses.items() if w not in self.sampler.range]
-        return {**named, "between": torch.stack(between).mean()} if between else named
+        return by_width(losses, self.sampler.range)
 
     def validate(self, model: nn.Module) -> list[Row]:
         if self.calibrate:

@@ -1,0 +1,120 @@
+"""The coordinate networks of a set of tensors, stacked as ``ops.inr_weights`` takes them."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slimkernels.hyper.targets import Target
+from slimkernels.ops import InrParameters, InrTensor, inr_weights
+
+
+class InrNetworks(nn.Module):
+    """One multi-layer perceptron a tensor, or one for all; generates all the tensors in one call.
+
+    Args:
+        first, total: the place of the first tensor among all that the generator makes, and their number.
+        norm: divides the coordinates that say how large the network is.
+        zero: start with an output of zero.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        first: int,
+        total: int,
+        norm: float,
+        hidden: int,
+        layers: int,
+        bands: int,
+        outputs: int,
+        activation: str,
+        shared: bool,
+        zero: bool,
+    ) -> None:
+        super().__init__()
+        self.targets, self.norm, self.activation = tuple(targets), norm, activation
+        self.tensors: list[InrTensor] = [
+            t.inr(first + i, total, 0 if shared else i) for i, t in enumerate(self.targets)
+        ]
+        count, depth, encoding = 1 if shared else len(targets), layers - 1, 6 + 12 * bands
+        self.w_in = nn.Parameter(_uniform(encoding, count, hidden, encoding))
+        self.b_in = nn.Parameter(_uniform(encoding, count, hidden))
+        self.w_hidden = nn.Parameter(_uniform(hidden, count, depth, hidden, hidden))
+        self.b_hidden = nn.Parameter(_uniform(hidden, count, depth, hidden))
+        self.skip = nn.Parameter(torch.full((count, depth), 0.1))
+        self.w_out = nn.Parameter(_uniform(hidden, count, outputs, hidden) * (0 if zero else 1))
+        self.b_out = nn.Parameter(_uniform(hidden, count, outputs) * (0 if zero else 1))
+        self.scale = nn.Parameter(torch.ones(len(targets)))
+
+    @property
+    def names(self) -> list[str]:
+        return [target.name for target in self.targets]
+
+    def forward(
+        self,
+        units: Mapping[str, int],
+        originals: Mapping[str, Tensor] | None,  # full tensors whose slices are added
+        dtypes: Sequence[torch.dtype],
+        *,
+        noise: str,
+        seed: int | Tensor | None,
+        samples: int,
+        first_sample: int,
+    ) -> dict[str, Tensor]:
+        parameters = InrParameters(
+            self.w_in, self.b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out
+        )
+        base = None if originals is None else [t.base(originals[t.name], units).float() for t in self.targets]
+        generated = inr_weights(
+            parameters,
+            self.tensors,
+            [t.active(units) for t in self.targets],
+            norm=self.norm,
+            base=base,
+            scale=self.scale,
+            activation=self.activation,
+            noise=noise,
+            seed=seed,
+            samples=samples,
+            first_sample=first_sample,
+            dtype=torch.float32 if self.w_in.dtype != torch.float64 else None,
+        )
+        triples = zip(self.targets, generated, dtypes, strict=True)
+        return {t.name: w.reshape(t.shape_at(units)).to(dtype) for t, w, dtype in triples}
+
+    @torch.no_grad()
+    def match(self, units: Mapping[str, int], originals: Mapping[str, Tensor]) -> None:
+        """Start every tensor with mean 0 and as large as the original at full width, by its scale and its network's
+        last bias (a bias that all tensors share stays)."""
+        dtypes = [torch.float32] * len(self.targets)
+        made = self(units, None, dtypes, noise="none", seed=None, samples=1, first_sample=0)
+        for i, target in enumerate(self.targets):
+            w, wanted = made[target.name].float(), originals[target.name].float().square().mean().sqrt()
+            mean = w.mean() if len(self.w_in) == len(self.targets) else w.new_zeros(())
+            if mean:
+                self.b_out[self.tensors[i].mlp] -= mean * target.active(units)[1]
+            size = (w - mean).square().mean().sqrt()
+            self.scale[i] = (wanted / size).clamp(1e-3, 1e3) if size > 0 else 1.0
+
+    def of(self, index: int) -> list[Tensor]:
+        """The parameters of one tensor's network."""
+        at = self.tensors[index].mlp
+        stacked = (self.w_in, self.b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out)
+        return [p[at] for p in stacked] + [self.scale[index]]
+
+
+def _uniform(fan_in: int, *shape: int) -> Tensor:
+    """As ``nn.Linear`` initialises its weight and bias."""
+    return torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in)
+
+
+def auto_bands(targets: Sequence[Target], units: Mapping[str, int]) -> int:
+    """Bands with a frequency at or above log2(2 C) carry nothing for C positions."""
+    most = 1
+    for target in targets:
+        c_out, c_in = target.active(units)
+        most = max(most, -(-c_out // target.tile[0]), -(-c_in // target.tile[1]))
+    return max(1, math.ceil(math.log2(2 * most)))
