@@ -21,6 +21,7 @@ struct Entries {
 template <typename P>
 struct Affine {  // z = (x - mean) * scale + shift
   P mean, scale, shift;
+  Activation which;
 };
 
 struct Moments {
@@ -33,6 +34,43 @@ struct Moments {
     count = total;
   }
 };
+
+// The loops below are compiled for no activation, for relu, and once for all the others, which are then chosen for every vector:
+// loops for each of the ten made this minutes of compiling, and beside an exponential the choice costs little.
+enum class Kind { kNone, kRelu, kOther };
+
+template <typename F>
+void switch_kind(Activation activation, F f) {
+  if (activation == Activation::kNone) return f.template operator()<Kind::kNone>();
+  if (activation == Activation::kRelu) return f.template operator()<Kind::kRelu>();
+  f.template operator()<Kind::kOther>();
+}
+
+__attribute__((noinline)) vf activate_other(Activation which, vf x) {
+  vf y = x;
+  SK_SWITCH_ACTIVATION(which, [&] { y = activate<act>(x); });
+  return y;
+}
+
+__attribute__((noinline)) vf derivative_other(Activation which, vf saved) {
+  vf d = saved;
+  SK_SWITCH_ACTIVATION(which, [&] { d = activation_derivative<act>(saved); });
+  return d;
+}
+
+template <Kind kind>
+inline vf activate_kind(Activation which, vf x) {
+  if constexpr (kind == Kind::kNone) return x;
+  else if constexpr (kind == Kind::kRelu) return activate<Activation::kRelu>(x);
+  else return activate_other(which, x);
+}
+
+template <Kind kind>
+inline vf derivative_kind(Activation which, vf saved) {
+  if constexpr (kind == Kind::kNone) return splat(1);
+  else if constexpr (kind == Kind::kRelu) return activation_derivative<Activation::kRelu>(saved);
+  else return derivative_other(which, saved);
+}
 
 // Ends of segments; not inlined, so that the many loops below stay small.
 template <typename T>
@@ -98,10 +136,10 @@ Moments plane_moments(const T* x, int64_t samples, int64_t stride, int64_t lengt
   return moments;
 }
 
-template <Activation act, typename T, typename P>
+template <Kind kind, typename T, typename P>
 void normalize(const T* x, const T* residual, T* y, int64_t n, Affine<P> a) {
   const auto at = [&](vf v, vf r, int64_t i) {
-    return activate<act>((v - a.mean.at(i)) * a.scale.at(i) + a.shift.at(i) + r);
+    return activate_kind<kind>(a.which, (v - a.mean.at(i)) * a.scale.at(i) + a.shift.at(i) + r);
   };
   int64_t i = 0;
   if (residual) {
@@ -117,26 +155,24 @@ void normalize(const T* x, const T* residual, T* y, int64_t n, Affine<P> a) {
 
 // Gradient at the activation's input. `saved` is the forward's output where the derivative can be had from it, else the residual;
 // null when there was no residual: the input is recomputed from x.
-template <Activation act>
-inline vf gradient(vf dy, vf centred, vf scale, vf shift, vf saved, bool has_saved) {
-  if constexpr (act == Activation::kNone) return dy;
-  if (derivative_uses_output(act)) {
-    return dy * activation_derivative<act>(has_saved ? saved : activate<act>(centred * scale + shift));
+template <Kind kind>
+inline vf gradient(vf dy, vf centred, vf scale, vf shift, vf saved, bool has_saved, Activation which) {
+  if constexpr (kind == Kind::kNone) return dy;
+  if (kind == Kind::kRelu || derivative_uses_output(which)) {
+    return dy * derivative_kind<kind>(which, has_saved ? saved : activate_kind<kind>(which, centred * scale + shift));
   }
-  return dy * activation_derivative<act>(centred * scale + shift + saved);
+  return dy * derivative_kind<kind>(which, centred * scale + shift + saved);
 }
 
 // Cheap derivatives are computed in both passes of backward; for the others the first pass leaves dz in memory for the second.
-constexpr bool is_cheap(Activation act) {
-  return act == Activation::kNone || act == Activation::kRelu || act == Activation::kRelu6;
-}
+constexpr bool is_cheap(Kind kind) { return kind != Kind::kOther; }
 
 // Sums of dz and of dz * (x - mean), and dz itself where `dz` isn't null.
-template <Activation act, bool kSaved, typename T, typename P>
+template <Kind kind, bool kSaved, typename T, typename P>
 void reduce_segment(const T* dy, const T* x, const T* saved, T* dz, int64_t n, Affine<P> a, vf& sum_dz, vf& sum_dzx) {
   const auto at = [&](vf g, vf v, vf s, int64_t i) {
     const vf centred = v - a.mean.at(i);
-    g = gradient<act>(g, centred, a.scale.at(i), a.shift.at(i), s, kSaved);
+    g = gradient<kind>(g, centred, a.scale.at(i), a.shift.at(i), s, kSaved, a.which);
     sum_dz = sum_dz + g;
     sum_dzx = sum_dzx + g * centred;
     return g;
@@ -158,11 +194,11 @@ void reduce_segment(const T* dy, const T* x, const T* saved, T* dz, int64_t n, A
 }
 
 // dx = dz * scale + (x - mean) * slope + offset.
-template <Activation act, bool kSaved, typename T, typename P>
+template <Kind kind, bool kSaved, typename T, typename P>
 void dx_segment(const T* dy, const T* x, const T* saved, T* dx, int64_t n, Affine<P> a, P slope, P offset) {
   const auto at = [&](vf g, vf v, vf s, int64_t i) {
     const vf centred = v - a.mean.at(i), scale = a.scale.at(i);
-    g = gradient<act>(g, centred, scale, a.shift.at(i), s, kSaved);
+    g = gradient<kind>(g, centred, scale, a.shift.at(i), s, kSaved, a.which);
     return g * scale + centred * slope.at(i) + offset.at(i);
   };
   int64_t i = 0;

@@ -4,7 +4,7 @@
 
 namespace {
 
-template <Activation act, typename T>
+template <Kind kind, typename T>
 void forward_row(const RowNormCall<T>& call, int64_t r) {
   const int64_t n = call.columns;
   const T *x = call.x + r * n, *residual = call.residual ? call.residual + r * n : nullptr;
@@ -26,7 +26,7 @@ void forward_row(const RowNormCall<T>& call, int64_t r) {
   }
   call.invstd[r] = invstd;
   const auto at = [&](vf v, vf s, int64_t i) {
-    return activate<act>((v - mean) * invstd * load(call.weight + i) + load(call.bias + i) + s);
+    return activate_kind<kind>(call.activation, (v - mean) * invstd * load(call.weight + i) + load(call.bias + i) + s);
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(y + i, at(load(x + i), residual ? load(residual + i) : splat(0), i));
@@ -37,7 +37,7 @@ void forward_row(const RowNormCall<T>& call, int64_t r) {
 }
 
 // dw and db of these columns are added up in floats over a block of rows; dz stays in `scratch` between the two passes.
-template <Activation act, typename T>
+template <Kind kind, typename T>
 void backward_row(const RowNormBackwardCall<T>& call, int64_t r, float* dw, float* db, float* scratch) {
   const int64_t n = call.columns;
   const T *dy = call.dy + r * n, *x = call.x + r * n, *saved = call.saved ? call.saved + r * n : nullptr;
@@ -45,7 +45,7 @@ void backward_row(const RowNormBackwardCall<T>& call, int64_t r, float* dw, floa
   vf sum_g = splat(0), sum_gx = splat(0);
   const auto first = [&](vf g, vf v, vf s, int64_t i) {
     const vf xhat = (v - mean) * invstd, weight = load(call.weight + i);
-    g = gradient<act>(g, xhat, weight, load(call.bias + i), s, saved != nullptr);
+    g = gradient<kind>(g, xhat, weight, load(call.bias + i), s, saved != nullptr, call.activation);
     store(dw + i, load(dw + i) + g * xhat);
     store(db + i, load(db + i) + g);
     sum_g = sum_g + g * weight;
@@ -78,9 +78,9 @@ void backward_row(const RowNormBackwardCall<T>& call, int64_t r, float* dw, floa
 
 template <typename T>
 void row_norm_kernel(const RowNormCall<T>& call) {
-  SK_SWITCH_ACTIVATION(call.activation, [&] {
+  switch_kind(call.activation, [&]<Kind kind>() {
     at::parallel_for(0, call.rows, std::max<int64_t>(1, 32768 / call.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) forward_row<act>(call, r);
+      for (int64_t r = begin; r < end; ++r) forward_row<kind>(call, r);
     });
   });
 }
@@ -90,7 +90,7 @@ void row_norm_backward_kernel(const RowNormBackwardCall<T>& call) {
   const int64_t n = call.columns, padded = (n + kLanes - 1) / kLanes * kLanes;
   const int64_t chunks = std::clamp<int64_t>(call.rows * n / 65536, 1, 16);  // fixed: results don't depend on threads
   std::vector<double> sums(chunks * 2 * n, 0.0);
-  SK_SWITCH_ACTIVATION(call.activation, [&] {
+  switch_kind(call.activation, [&]<Kind kind>() {
     at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(padded), dw(padded), db(padded);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -100,7 +100,7 @@ void row_norm_backward_kernel(const RowNormBackwardCall<T>& call) {
           std::fill(dw.begin(), dw.end(), 0.0f);
           std::fill(db.begin(), db.end(), 0.0f);
           for (int64_t r = block; r < std::min(last, block + kBlockRows); ++r) {
-            backward_row<act>(call, r, dw.data(), db.data(), scratch.data());
+            backward_row<kind>(call, r, dw.data(), db.data(), scratch.data());
           }
           for (int64_t i = 0; i < n; ++i) {
             own[i] += dw[i];

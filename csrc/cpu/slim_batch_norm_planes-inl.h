@@ -3,7 +3,7 @@
 template <typename T>
 void forward_planes(const ForwardCall<T>& call) {
   const auto [rows, samples, channels, length] = call.layout;
-  SK_SWITCH_ACTIVATION(call.activation, [&, samples = samples, channels = channels, length = length] {
+  switch_kind(call.activation, [&, samples = samples, channels = channels, length = length]<Kind kind>() {
     at::parallel_for(0, channels, std::max<int64_t>(1, 32768 / (samples * length)), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         if (call.training) {
@@ -11,19 +11,19 @@ void forward_planes(const ForwardCall<T>& call) {
           call.mean[c] = static_cast<float>(moments.mean);
           call.var[c] = static_cast<float>(moments.m2 / moments.count);
         }
-        const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}};
+        const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}, call.activation};
         for (int64_t n = 0; n < samples; ++n) {
-          normalize<act>(call.x.plane(n, c), call.residual.plane(n, c), call.y.plane(n, c), length, a);
+          normalize<kind>(call.x.plane(n, c), call.residual.plane(n, c), call.y.plane(n, c), length, a);
         }
       }
     });
   });
 }
 
-template <Activation act, bool kSaved, typename T>
+template <Kind kind, bool kSaved, typename T>
 void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, float invstd) {
   const auto [rows, samples, channels, length] = call.layout;
-  const bool stash = call.dz.data || (!is_cheap(act) && call.dx.data);
+  const bool stash = call.dz.data || (!is_cheap(kind) && call.dx.data);
   const Operand<T> dz = call.dz.data ? call.dz : call.dx;
   double sum_dz = 0, sum_dzx = 0;
   if (call.need_sums || stash) {
@@ -33,7 +33,7 @@ void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, f
         // Short planes: several go into one block before the sums leave the vectors.
         const int64_t last = length < kPiece ? std::min(samples, n + std::max<int64_t>(1, kPiece / length)) : n + 1;
         for (;; ++n) {
-          reduce_segment<act, kSaved>(call.dy.plane(n, c) + i, call.x.plane(n, c) + i, kSaved ? call.saved.plane(n, c) + i : nullptr,
+          reduce_segment<kind, kSaved>(call.dy.plane(n, c) + i, call.x.plane(n, c) + i, kSaved ? call.saved.plane(n, c) + i : nullptr,
                                       stash ? dz.plane(n, c) + i : nullptr, std::min(kPiece, length - i), a, block_dz, block_dzx);
           if (n + 1 == last) break;
         }
@@ -50,10 +50,10 @@ void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, f
   const Splat slope{static_cast<float>(-mean_dzx * a.scale.value)}, offset{static_cast<float>(-mean_dz * a.scale.value)};
   for (int64_t n = 0; n < samples; ++n) {
     if (stash) {
-      dx_segment<Activation::kNone, false, T>(dz.plane(n, c), call.x.plane(n, c), nullptr, call.dx.plane(n, c), length, a, slope,
+      dx_segment<Kind::kNone, false, T>(dz.plane(n, c), call.x.plane(n, c), nullptr, call.dx.plane(n, c), length, a, slope,
                                               offset);
-    } else if constexpr (is_cheap(act)) {
-      dx_segment<act, kSaved>(call.dy.plane(n, c), call.x.plane(n, c), call.saved.plane(n, c), call.dx.plane(n, c), length, a,
+    } else if constexpr (is_cheap(kind)) {
+      dx_segment<kind, kSaved>(call.dy.plane(n, c), call.x.plane(n, c), call.saved.plane(n, c), call.dx.plane(n, c), length, a,
                               slope, offset);
     }
   }
@@ -62,15 +62,15 @@ void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, f
 template <typename T>
 void backward_planes(const BackwardCall<T>& call) {
   const int64_t size = call.layout.samples * call.layout.length;
-  SK_SWITCH_ACTIVATION(call.activation, [&] {
+  switch_kind(call.activation, [&]<Kind kind>() {
     at::parallel_for(0, call.layout.channels, std::max<int64_t>(1, 32768 / size), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         const float invstd = inverse_std(call.var[c], call.eps);
-        const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * invstd}, {call.bias[c]}};
-        if (act != Activation::kNone && call.saved.data) {
-          backward_channel<act, act != Activation::kNone>(call, c, a, invstd);
+        const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * invstd}, {call.bias[c]}, call.activation};
+        if (kind != Kind::kNone && call.saved.data) {
+          backward_channel<kind, kind != Kind::kNone>(call, c, a, invstd);
         } else {
-          backward_channel<act, false>(call, c, a, invstd);
+          backward_channel<kind, false>(call, c, a, invstd);
         }
       }
     });

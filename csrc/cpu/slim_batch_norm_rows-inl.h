@@ -121,17 +121,17 @@ void forward_rows(const ForwardCall<T>& call) {
   if (call.training) row_statistics(call, plan);
   const std::vector<float> mean = plan.spread(call.mean), shift = plan.spread(call.bias),
                            scale = plan.spread(row_scale(call.weight, call.var, call.eps, channels).data());
-  const Affine<Entries> a{{mean.data()}, {scale.data()}, {shift.data()}};
-  SK_SWITCH_ACTIVATION(call.activation, [&] {
+  const Affine<Entries> a{{mean.data()}, {scale.data()}, {shift.data()}, call.activation};
+  switch_kind(call.activation, [&]<Kind kind>() {
     for_rows(plan, [&](int64_t r, int64_t columns) {
       r *= plan.repeat;
-      normalize<act>(call.x.row(r), call.residual.row(r), call.y.row(r), columns, a);
+      normalize<kind>(call.x.row(r), call.residual.row(r), call.y.row(r), columns, a);
     });
   });
 }
 
 // Adds the sums over a block of rows of dz and dz * (x - mean) for kVectors vectors of columns from column c on; stores dz where asked.
-template <Activation act, bool kSaved, int kVectors, bool kFull, typename T>
+template <Kind kind, bool kSaved, int kVectors, bool kFull, typename T>
 void reduce_columns(const BackwardCall<T>& call, Affine<Entries> a, Operand<T> dz, int64_t begin, int64_t end, int64_t step, int64_t c,
                     int64_t width, double* sums, double* sums_x) {
   vf sum_dz[kVectors], sum_dzx[kVectors];
@@ -142,8 +142,8 @@ void reduce_columns(const BackwardCall<T>& call, Affine<Entries> a, Operand<T> d
     for (int v = 0; v < kVectors; ++v) {
       const int64_t i = v * kLanes, n = width - i;
       const vf centred = part<kFull>(x + i, n) - a.mean.at(c + i);
-      const vf g = gradient<act>(part<kFull>(dy + i, n), centred, a.scale.at(c + i), a.shift.at(c + i),
-                                 kSaved ? part<kFull>(saved + i, n) : splat(0), kSaved);
+      const vf g = gradient<kind>(part<kFull>(dy + i, n), centred, a.scale.at(c + i), a.shift.at(c + i),
+                                 kSaved ? part<kFull>(saved + i, n) : splat(0), kSaved, a.which);
       sum_dz[v] = sum_dz[v] + g;
       sum_dzx[v] = sum_dzx[v] + g * centred;
       if (out) kFull ? store(out + i, g) : store_tail(out + i, g, n);
@@ -158,7 +158,7 @@ void reduce_columns(const BackwardCall<T>& call, Affine<Entries> a, Operand<T> d
 }
 
 // All columns of the joined rows [begin, end).
-template <Activation act, bool kSaved, typename T>
+template <Kind kind, bool kSaved, typename T>
 void reduce_rows(const BackwardCall<T>& call, const RowPlan& plan, Affine<Entries> a, Operand<T> dz, int64_t begin, int64_t end,
                  int64_t columns, double* sums) {
   double* sums_x = sums + plan.padded();
@@ -166,16 +166,16 @@ void reduce_rows(const BackwardCall<T>& call, const RowPlan& plan, Affine<Entrie
   end *= plan.repeat;
   int64_t c = 0;
   for (; c + kTile * kLanes <= columns; c += kTile * kLanes) {
-    reduce_columns<act, kSaved, kTile, true>(call, a, dz, begin, end, plan.repeat, c, kTile * kLanes, sums, sums_x);
+    reduce_columns<kind, kSaved, kTile, true>(call, a, dz, begin, end, plan.repeat, c, kTile * kLanes, sums, sums_x);
   }
   for (; c < columns; c += kLanes) {
-    reduce_columns<act, kSaved, 1, false>(call, a, dz, begin, end, plan.repeat, c, std::min<int64_t>(kLanes, columns - c), sums, sums_x);
+    reduce_columns<kind, kSaved, 1, false>(call, a, dz, begin, end, plan.repeat, c, std::min<int64_t>(kLanes, columns - c), sums, sums_x);
   }
 }
 
-template <Activation act, bool kSaved, typename T>
+template <Kind kind, bool kSaved, typename T>
 void backward_rows_of(const BackwardCall<T>& call, const RowPlan& plan, Affine<Entries> a, const std::vector<float>& scale) {
-  const bool stash = call.dz.data || (!is_cheap(act) && call.dx.data);
+  const bool stash = call.dz.data || (!is_cheap(kind) && call.dx.data);
   const Operand<T> dz = !stash ? Operand<T>{} : call.dz.data ? call.dz : call.dx;
   const int64_t chunks = plan.chunks(), padded = plan.padded(), channels = plan.channels;
   std::vector<double> sums((chunks + 1) * 2 * padded, 0.0);
@@ -184,12 +184,12 @@ void backward_rows_of(const BackwardCall<T>& call, const RowPlan& plan, Affine<E
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         const int64_t last = plan.rows * (chunk + 1) / chunks;
         for (int64_t r = plan.rows * chunk / chunks; r < last; r += kBlockRows) {
-          reduce_rows<act, kSaved>(call, plan, a, dz, r, std::min(last, r + kBlockRows), plan.columns, sums.data() + chunk * 2 * padded);
+          reduce_rows<kind, kSaved>(call, plan, a, dz, r, std::min(last, r + kBlockRows), plan.columns, sums.data() + chunk * 2 * padded);
         }
       }
     });
     if (plan.rest) {
-      reduce_rows<act, kSaved>(call, plan, a, dz, plan.rows, plan.rows + 1, plan.rest, sums.data() + chunks * 2 * padded);
+      reduce_rows<kind, kSaved>(call, plan, a, dz, plan.rows, plan.rows + 1, plan.rest, sums.data() + chunks * 2 * padded);
     }
   }
   const double count = static_cast<double>(call.layout.samples * call.layout.length);
@@ -214,9 +214,9 @@ void backward_rows_of(const BackwardCall<T>& call, const RowPlan& plan, Affine<E
     r *= plan.repeat;
     const Entries s{slopes.data()}, o{offsets.data()};
     if (stash) {
-      dx_segment<Activation::kNone, false, T>(dz.row(r), call.x.row(r), nullptr, call.dx.row(r), columns, a, s, o);
-    } else if constexpr (is_cheap(act)) {
-      dx_segment<act, kSaved>(call.dy.row(r), call.x.row(r), call.saved.row(r), call.dx.row(r), columns, a, s, o);
+      dx_segment<Kind::kNone, false, T>(dz.row(r), call.x.row(r), nullptr, call.dx.row(r), columns, a, s, o);
+    } else if constexpr (is_cheap(kind)) {
+      dx_segment<kind, kSaved>(call.dy.row(r), call.x.row(r), call.saved.row(r), call.dx.row(r), columns, a, s, o);
     }
   });
 }
@@ -230,12 +230,12 @@ void backward_rows(const BackwardCall<T>& call) {
   const RowPlan plan(call.layout, dense);
   const std::vector<float> scale = row_scale(call.weight, call.var, call.eps, channels);
   const std::vector<float> means = plan.spread(call.mean), scales = plan.spread(scale.data()), shifts = plan.spread(call.bias);
-  const Affine<Entries> a{{means.data()}, {scales.data()}, {shifts.data()}};
-  SK_SWITCH_ACTIVATION(call.activation, [&] {
-    if (act != Activation::kNone && call.saved.data) {
-      backward_rows_of<act, act != Activation::kNone>(call, plan, a, scale);
+  const Affine<Entries> a{{means.data()}, {scales.data()}, {shifts.data()}, call.activation};
+  switch_kind(call.activation, [&]<Kind kind>() {
+    if (kind != Kind::kNone && call.saved.data) {
+      backward_rows_of<kind, kind != Kind::kNone>(call, plan, a, scale);
     } else {
-      backward_rows_of<act, false>(call, plan, a, scale);
+      backward_rows_of<kind, false>(call, plan, a, scale);
     }
   });
 }

@@ -4,7 +4,7 @@
 
 namespace {
 
-template <Activation act, typename T>
+template <Kind kind, typename T>
 void forward_group(const GroupNormCall<T>& call, int64_t n, int64_t g) {
   const int64_t first = g * call.group_size, last = std::min(call.channels, first + call.group_size);
   const int64_t start = (n * call.channels + first) * call.length, size = (last - first) * call.length;
@@ -16,24 +16,24 @@ void forward_group(const GroupNormCall<T>& call, int64_t n, int64_t g) {
   call.invstd[n * call.groups() + g] = invstd;
   for (int64_t c = first; c < last; ++c) {
     const int64_t at = (n * call.channels + c) * call.length;
-    const Affine<Splat> a{{mean}, {call.weight[c] * invstd}, {call.bias[c]}};
-    normalize<act>(call.x + at, call.residual ? call.residual + at : nullptr, call.y + at, call.length, a);
+    const Affine<Splat> a{{mean}, {call.weight[c] * invstd}, {call.bias[c]}, call.activation};
+    normalize<kind>(call.x + at, call.residual ? call.residual + at : nullptr, call.y + at, call.length, a);
   }
 }
 
-template <Activation act, bool kSaved, typename T>
+template <Kind kind, bool kSaved, typename T>
 void backward_group(const GroupNormBackwardCall<T>& call, int64_t n, int64_t g) {
   const int64_t first = g * call.group_size, last = std::min(call.channels, first + call.group_size), length = call.length;
   const float mean = call.mean[n * call.groups() + g], invstd = call.invstd[n * call.groups() + g];
-  T* dz = call.dz ? call.dz : is_cheap(act) ? nullptr : call.dx;  // where the first pass leaves dz for the second
+  T* dz = call.dz ? call.dz : is_cheap(kind) ? nullptr : call.dx;  // where the first pass leaves dz for the second
   double sum_g = 0, sum_gx = 0;
   for (int64_t c = first; c < last; ++c) {
     const int64_t at = (n * call.channels + c) * length;
-    const Affine<Splat> a{{mean}, {call.weight[c] * invstd}, {call.bias[c]}};
+    const Affine<Splat> a{{mean}, {call.weight[c] * invstd}, {call.bias[c]}, call.activation};
     double sum_dz = 0, sum_dzx = 0;
     for (int64_t i = at; i < at + length; i += kPiece) {
       vf block_dz = splat(0), block_dzx = splat(0);
-      reduce_segment<act, kSaved>(call.dy + i, call.x + i, kSaved ? call.saved + i : nullptr, dz ? dz + i : nullptr,
+      reduce_segment<kind, kSaved>(call.dy + i, call.x + i, kSaved ? call.saved + i : nullptr, dz ? dz + i : nullptr,
                                   std::min(kPiece, at + length - i), a, block_dz, block_dzx);
       sum_dz += sum(block_dz);
       sum_dzx += sum(block_dzx);
@@ -48,11 +48,11 @@ void backward_group(const GroupNormBackwardCall<T>& call, int64_t n, int64_t g) 
   const Splat slope{static_cast<float>(-sum_gx / count * invstd * invstd)}, offset{static_cast<float>(-sum_g / count * invstd)};
   for (int64_t c = first; c < last; ++c) {
     const int64_t at = (n * call.channels + c) * length;
-    const Affine<Splat> a{{mean}, {call.weight[c] * invstd}, {call.bias[c]}};
+    const Affine<Splat> a{{mean}, {call.weight[c] * invstd}, {call.bias[c]}, call.activation};
     if (dz) {
-      dx_segment<Activation::kNone, false, T>(dz + at, call.x + at, nullptr, call.dx + at, length, a, slope, offset);
-    } else if constexpr (is_cheap(act)) {
-      dx_segment<act, kSaved>(call.dy + at, call.x + at, kSaved ? call.saved + at : nullptr, call.dx + at, length, a, slope, offset);
+      dx_segment<Kind::kNone, false, T>(dz + at, call.x + at, nullptr, call.dx + at, length, a, slope, offset);
+    } else if constexpr (is_cheap(kind)) {
+      dx_segment<kind, kSaved>(call.dy + at, call.x + at, kSaved ? call.saved + at : nullptr, call.dx + at, length, a, slope, offset);
     }
   }
 }
@@ -69,17 +69,17 @@ void for_groups(const Call& call, F f) {
 
 template <typename T>
 void slim_group_norm_kernel(const GroupNormCall<T>& call) {
-  SK_SWITCH_ACTIVATION(call.activation, [&] {
-    for_groups(call, [&](int64_t n, int64_t g) { forward_group<act>(call, n, g); });
+  switch_kind(call.activation, [&]<Kind kind>() {
+    for_groups(call, [&](int64_t n, int64_t g) { forward_group<kind>(call, n, g); });
   });
 }
 
 template <typename T>
 void slim_group_norm_backward_kernel(const GroupNormBackwardCall<T>& call) {
-  SK_SWITCH_ACTIVATION(call.activation, [&] {
+  switch_kind(call.activation, [&]<Kind kind>() {
     for_groups(call, [&](int64_t n, int64_t g) {
-      act != Activation::kNone && call.saved ? backward_group<act, act != Activation::kNone>(call, n, g)
-                                             : backward_group<act, false>(call, n, g);
+      kind != Kind::kNone && call.saved ? backward_group<kind, kind != Kind::kNone>(call, n, g)
+                                             : backward_group<kind, false>(call, n, g);
     });
   });
 }
