@@ -84,7 +84,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads for training; 
 def demo(
     out: Out = Path("runs/demo"),
     resume: Resume = False,
-    steps: Steps = 800,
+    steps: Steps = 700,
     batch_size: BatchSize = 64,
     seed: Seed = 0,
     threads: Threads = None,

@@ -23,7 +23,7 @@ def plain(extracted: nn.Module) -> DigitCNN:
     return DigitCNN([conv.out_channels for conv in convs], hidden.out_features)
 
 
-def recipe(steps: int = 800, batch_size: int = 64) -> Recipe:
+def recipe(steps: int = 700, batch_size: int = 64) -> Recipe:
     network = DigitCNN()
     load_into(network, digit_weights(), "the packaged digit weights")
     return Recipe(

@@ -1,0 +1,67 @@
+"""``python -m benchmarks.recipe_tables [--check]``: the README's tables of the recipes, from the CSV files they wrote.
+
+``--check`` writes nothing and exits non-zero when a table is stale.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+TABLES = {"demo": "demo-digits.csv", "cifar": "cifar10-resnet20.csv"}
+PROVIDERS = {"slimkernels": "ours", "slicing": "slicing", "plain": "plain"}
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    first = rows[0]
+    batches = [
+        key.split("_")[1].removeprefix("batch") for key in first if key.startswith("plain_") and key.endswith("_p50_ms")
+    ]
+    heads = ["width", "parameters", "MACs", "accuracy before", "after"]
+    heads += [f"{name}, batch {batch}" for batch in batches for name in PROVIDERS.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
+    for row in rows:
+        cells = [row["width"], f"{int(row['parameters']):,}", f"{int(row['macs']) / 1e6:.2f} M"]
+        cells += [row["accuracy_before"], f"**{row['accuracy_after']}**"]
+        cells += [f"{float(row[f'{provider}_batch{batch}_p50_ms']):.3g}" for batch in batches for provider in PROVIDERS]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = (
+        f"{first['network']} on {first['data']}: {int(first['train_images']):,} images to train on,"
+        f" {int(first['test_images']):,} to test, {first['steps']} steps of {first['batch_size']}, one seed."
+        " Latency in ms, medians of one interleaved run on one thread"
+        f" ({first['cpu']}, {first['isa']}): our elastic model, the usual slicing code, and a plain PyTorch network built at"
+        " that width, all three computing the same."
+    )
+    note = f" {first['note']}" if first["note"] else ""
+    return "\n".join([*lines, "", f"{text}{note} `{first['command']}`"])
+
+
+def filled(text: str) -> str:
+    for name, file in TABLES.items():
+        path = FOLDER / "results" / file
+        begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if not path.exists() or begin not in text:
+            continue
+        with path.open(newline="") as opened:
+            rows = list(csv.DictReader(opened))
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{markdown(rows)}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    text = README.read_text()
+    new = filled(text)
+    if check and new != text:
+        sys.exit("README.md: a table of a recipe is stale; run: python -m benchmarks.recipe_tables")
+    if not check:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
