@@ -3,6 +3,7 @@
 import csv
 import datetime
 import importlib.metadata
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,12 @@ def rows(
         row |= {"train_images": len(recipe.data.train_x), "test_images": len(recipe.data.test_x)}
         row |= {"steps": recipe.steps, "batch_size": recipe.batch_size, "seed": seed, "latency_threads": 1}
         row |= {"cpu": cpu_name(), "isa": cpp_info().get("isa", "PyTorch reference"), "torch": torch.__version__}
-        row |= {"slimkernels": __version__, "date": datetime.date.today().isoformat(), "command": command}
+        row |= {
+            "load": f"{os.getloadavg()[0]:.1f}",
+            "slimkernels": __version__,
+            "date": datetime.date.today().isoformat(),
+            "command": command,
+        }
         row["note"] = " ".join(recipe.notes)
         found.append(row)
     return found

@@ -78,7 +78,8 @@ def jobs(active: Sequence[int], spec: Sequence[int]) -> list[Job]:
     tensors = len(spec) // SPEC
     descriptors = [tuple(spec[t * SPEC : (t + 1) * SPEC]) for t in range(tensors)]
     return [
-        Job(j % tensors, *descriptors[j % tensors], active[2 * j], active[2 * j + 1]) for j in range(len(active) // 2)
+        Job(*[j % tensors, *descriptors[j % tensors], active[2 * j], active[2 * j + 1]])
+        for j in range(len(active) // 2)
     ]
 
 
