@@ -51,7 +51,8 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
     lines = [
         f"### {rows[0]['machine']}, {rows[0]['isa']}, {rows[0]['threads']} thread(s)",
         "",
-        "Time of the peer over time of slimkernels in the same interleaved run: above 1, slimkernels is faster."
+        "Time (CPU time where one thread runs) of the peer over time of slimkernels in the same interleaved run: above 1,"
+        " slimkernels is faster."
         " Geometric mean over the layer shapes of the op (lowest to highest; how many are slower, below 0.995)."
         " `plain` is the PyTorch module built at that width, `slice` the usual slicing code, `compile` torch.compile of"
         " the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
