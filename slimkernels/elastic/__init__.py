@@ -1,4 +1,4 @@
-"""Make a trained network run at any width: convert, set widths, calibrate, count, extract, compile, save."""
+"""Make a trained network run at any width and depth: convert, set them, calibrate, count, extract, compile, save."""
 
 from slimkernels.elastic.calibrate import calibrate
 from slimkernels.elastic.checkpoint import load, save
@@ -6,7 +6,7 @@ from slimkernels.elastic.compile import compile
 from slimkernels.elastic.convert import convert
 from slimkernels.elastic.cost import Cost, cost
 from slimkernels.elastic.extract import extract
-from slimkernels.elastic.plan import Plan, WidthGroup, plan
+from slimkernels.elastic.plan import Plan, Stage, WidthGroup, plan
 from slimkernels.elastic.report import Report, report
 from slimkernels.elastic.width import set_width, view, width
 
@@ -14,6 +14,7 @@ __all__ = [
     "Cost",
     "Plan",
     "Report",
+    "Stage",
     "WidthGroup",
     "calibrate",
     "compile",

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from slimkernels.elastic.plan import plan, unwrap
+from slimkernels.elastic.plan import Depth, plan, unwrap
 from slimkernels.elastic.trace import as_call
 from slimkernels.elastic.transform import batch_norms
 from slimkernels.elastic.width import set_width
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable, widths: Sequence[float] | None = None) -> None:
+def calibrate(
+    model: nn.Module, batches: Iterable, widths: Sequence[float] | None = None, *, depth: Depth = None
+) -> None:
     """Measure the batch-norm statistics of ``widths``, each the average over all batches.
 
     The data is read once; every batch runs at every width. Nothing else about the model changes: the width, training
@@ -26,8 +28,10 @@ def calibrate(model: nn.Module, batches: Iterable, widths: Sequence[float] | Non
             keywords.
         widths: ratios; None takes all listed ones. The full width keeps the statistics it was trained with unless it is
             among them.
+        depth: of the networks that are measured, as in ``set_width``. Statistics belong to a width, not to a depth: those
+            of another depth are replaced, so calibrate for the depth that is about to be evaluated or extracted.
 
-    Raises: ValueError when a width is not a legal one, there are no batches, or nothing in the model has such
+    Raises: ValueError when a width or the depth is not a legal one, there are no batches, or nothing in the model has such
         statistics.
     """
     known = plan(model)
@@ -36,6 +40,7 @@ def calibrate(model: nn.Module, batches: Iterable, widths: Sequence[float] | Non
         if not known.listed:
             raise ValueError(f"calibrate: expected widths, as the model takes any {known.legal}, got none")
         widths = known.widths
+    known.depths("calibrate", depth)
     ratios = sorted({known.check_ratio("calibrate", w) for w in widths}, reverse=True)
     if not ratios:
         raise ValueError("calibrate: expected at least one width, got none")
@@ -55,7 +60,7 @@ def calibrate(model: nn.Module, batches: Iterable, widths: Sequence[float] | Non
         for batch in batches:
             args, kwargs = as_call(_to(_inputs(batch), device))
             for ratio in ratios:
-                set_width(inner, ratio)
+                set_width(inner, ratio, depth)
                 inner(*args, **kwargs)
             count += 1
         if count == 0:
@@ -72,8 +77,8 @@ def _to(inputs: Any, device: torch.device | None) -> Any:
 
 @contextmanager
 def _restored(model: nn.Module, norms: list) -> Iterator[None]:
-    """Width and training mode come back in any case, the statistics when something raises."""
-    width = plan(model).current
+    """Width, depth and training mode come back in any case, the statistics when something raises."""
+    before = plan(model).current, plan(model).current_depth
     modes = [(module, module.training) for module in model.modules()]
     saved = [
         (module, {name: None if b is None else b.clone() for name, b in module._buffers.items()})
@@ -91,7 +96,7 @@ def _restored(model: nn.Module, norms: list) -> Iterator[None]:
             norm.stop_calibration()
         for module, training in modes:
             module.training = training
-        set_width(model, width)
+        set_width(model, *before)
 
 
 def _put_back(module: nn.Module, buffers: dict[str, Tensor | None]) -> None:

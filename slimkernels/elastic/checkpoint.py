@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slimkernels.elastic.convert import attach
 from slimkernels.elastic.cost import layer_costs
 from slimkernels.elastic.layers import full_size, kind_of
-from slimkernels.elastic.plan import Dim, LayerCost, ParameterCost, Plan, Run, WidthGroup, plan, unwrap
+from slimkernels.elastic.plan import Dim, LayerCost, ParameterCost, Plan, Run, Stage, WidthGroup, plan, unwrap
 from slimkernels.elastic.slices import parameter_side
 
 _FORMAT = "slimkernels.elastic/1"
@@ -95,6 +95,10 @@ def _first_line(error: Exception) -> str:
 
 def _check_fits(model: nn.Module, known: Plan, path: str | os.PathLike) -> None:
     modules = dict(model.named_modules())
+    for stage in known.stages.values():
+        for name in stage.blocks:
+            if name not in modules:
+                raise ValueError(f"load: {str(path)!r} is of another model: expected a block {name!r}, got none")
     for (name, side), dim in known.dims.items():
         module = modules.get(name)
         plain = parameter_side(side)
@@ -127,6 +131,7 @@ def _to_json(known: Plan) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in known.layers],
         "parameters": [asdict(parameter) for parameter in known.parameters],
         "notes": known.notes,
+        "stages": [asdict(stage) for stage in known.stages.values()],
     }
 
 
@@ -148,6 +153,13 @@ def _from_json(data: dict[str, Any]) -> Plan:
         gathers=data["gathers"],
         ignored=data["ignored"],
         layers=[LayerCost(**layer) for layer in data["layers"]],
-        parameters=[ParameterCost(p["numel"], tuple((a, b) for a, b in p["dims"])) for p in data["parameters"]],
+        parameters=[
+            ParameterCost(p["numel"], tuple((a, b) for a, b in p["dims"]), tuple(p.get("owners", ())))
+            for p in data["parameters"]
+        ],
         notes=data["notes"],
+        stages={
+            s["name"]: Stage(s["name"], tuple(s["blocks"]), s["removable"])
+            for s in data.get("stages", ())  # files from before there was depth have none
+        },
     )

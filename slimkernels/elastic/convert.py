@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from slimkernels.elastic.cost import layer_costs, parameter_costs
+from slimkernels.elastic.depth import make_skippable
 from slimkernels.elastic.graph import Analysis, width_groups
 from slimkernels.elastic.importance import check_sort, orders
 from slimkernels.elastic.layers import kind_of, reason_not_slimmable
-from slimkernels.elastic.plan import Plan, matches
+from slimkernels.elastic.plan import Plan, Stage, matches
 from slimkernels.elastic.probe import Prober
 from slimkernels.elastic.slices import permute
+from slimkernels.elastic.stages import find_stages, usable_stages
 from slimkernels.elastic.trace import IS_OUTPUT, analysis_copy, check_example, float_inputs, run, trace
 from slimkernels.elastic.transform import set_norm_mode, transform
 from slimkernels.elastic.width import set_width
@@ -26,6 +28,7 @@ def convert(
     example_inputs: Any,
     *,
     widths: tuple[float, float] | Sequence[float] = (0.25, 1.0),
+    depth: bool = False,
     divisor: int = 8,
     sort: str | Mapping[str, Any] | None = "l1",
     norm: str = "auto",
@@ -45,6 +48,9 @@ def convert(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments; also what ``cost``
             counts MACs for.
         widths: a tuple (low, high): every width between the two; or a list of widths. Full width is always possible.
+        depth: also make every stage's depth a dimension. A stage is a run of residual blocks of one class in a Sequential
+            or ModuleList, each fed by the one before, with equal input and output shapes; the block before them, which may
+            change the shape, belongs to it. The first block always runs; which later ones do is set by ``set_width``.
         divisor: channels are rounded to multiples of it: never under one, never more than 10 % below what was asked
             for.
         sort: what puts the most important channels first: "l1", "l2" (weights), "bn" (scales of the batch norms),
@@ -84,6 +90,16 @@ def convert(
             f"convert: expected a model with channels to slim, got {type(model).__name__} with none"
             f" ({reasons or 'no such layers'})"
         )
+    stages: list[Stage] = []
+    depth_notes: list[str] = []
+    if depth:
+        found = find_stages(probe_model, example, ignored)
+        stages, depth_notes = usable_stages(probe_model, example, analysis, found)
+        if not stages:
+            raise ValueError(
+                f"convert: expected a model with stages of residual blocks for depth=True, got {type(model).__name__}"
+                f" with none ({'; '.join(depth_notes) or 'no such blocks'})"
+            )
     del probe_model
 
     model = model if inplace else copy.deepcopy(model)
@@ -104,7 +120,8 @@ def convert(
         ignored=sorted(ignored),
         layers=layers,
         parameters=parameter_costs(model, analysis.dims),
-        notes=notes,
+        notes=[*notes, *depth_notes],
+        stages={stage.name: stage for stage in stages},
     )
     attach(model, plan)
     return model
@@ -116,6 +133,7 @@ def attach(model: nn.Module, plan: Plan) -> None:
     ratios = sorted({*plan.widths, 1.0}) if plan.listed else []
     if plan.norm != "shared":
         set_norm_mode(model, plan.dims, plan.groups, plan.norm, ratios, plan.divisor)
+    make_skippable(model, plan.stages.values())
     model.__dict__["_elastic"] = plan
     set_width(model, 1.0)
 

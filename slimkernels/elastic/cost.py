@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from slimkernels.elastic.layers import CONVS, TRANSPOSED, full_size, kind_of
-from slimkernels.elastic.plan import LayerCost, ParameterCost, Width, plan
+from slimkernels.elastic.plan import Depth, LayerCost, ParameterCost, Width, is_inside, plan
 from slimkernels.elastic.slices import Dims, sliced_tensors
 from slimkernels.elastic.trace import run
 
@@ -18,21 +18,26 @@ class Cost(NamedTuple):
     macs: int  # multiply-accumulates of its Linear and convolution layers, for the example inputs of ``convert``
 
 
-def cost(model: nn.Module, width: Width) -> Cost:
-    """Parameters and MACs of ``model`` at a width, from the plan alone: nothing is run or extracted.
+def cost(model: nn.Module, width: Width, depth: Depth = None) -> Cost:
+    """Parameters and MACs of ``model`` at a width and depth, from the plan alone: nothing is run or extracted.
 
-    Raises: ValueError when the width is not a legal one.
+    Raises: ValueError when the width or depth is not a legal one.
     """
     known = plan(model)
     units = known.units("cost", width)
+    skipped = known.skipped("cost", depth)
     params = 0
     for parameter in known.parameters:
+        if skipped and parameter.owners and all(is_inside(owner, skipped) for owner in parameter.owners):
+            continue
         numel = parameter.numel
         for key in parameter.dims:
             numel = numel // known.dims[key].size * known.dims[key].active(units)
         params += numel
     macs = 0
     for layer in known.layers:
+        if is_inside(layer.module, skipped):
+            continue
         sizes = {"in": layer.size_in, "out": layer.size_out}
         for side in sizes:
             dim = known.dims.get((layer.module, side))
@@ -47,7 +52,12 @@ def parameter_costs(model: nn.Module, dims: Dims) -> list[ParameterCost]:
     for sliced in sliced_tensors(model, dims):
         keys = tuple((dim.module, dim.side) for dim in sliced.axes.values())
         axes.setdefault(id(sliced.tensor), keys)
-    return [ParameterCost(p.numel(), axes.get(id(p), ())) for p in model.parameters()]
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own in module._parameters.values():
+            if own is not None:
+                owners.setdefault(id(own), []).append(name)
+    return [ParameterCost(p.numel(), axes.get(id(p), ()), tuple(owners[id(p)])) for p in model.parameters()]
 
 
 def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:

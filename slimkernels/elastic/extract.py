@@ -5,28 +5,34 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimkernels.elastic.depth import SkippableBlock, always_run, remove, renumber
 from slimkernels.elastic.layers import full_size, kind_of
 from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_again
-from slimkernels.elastic.plan import Width, plan
+from slimkernels.elastic.plan import Depth, Width, is_inside, plan
 from slimkernels.elastic.slices import Dims, Sliced, sliced_tensors, take
 from slimkernels.elastic.transform import batch_norms
 from slimkernels.elastic.width import view
 from slimkernels.nn._base import SlimModule
 
 
-def extract(model: nn.Module, width: Width) -> nn.Module:
-    """The sub-network of ``model`` at a width as a network of its own: same class, layers of torch sized to the width,
+def extract(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
+    """The sub-network of ``model`` at a width and depth as a network of its own: same class, layers of torch sized to the width,
     copied weights.
 
-    A network built at that width loads its state_dict. The model stays as it is.
+    A network built at that width and depth loads its state_dict: skipped blocks are not there, and the modules of a
+    Sequential or ModuleList are numbered anew. Where the forward needs a block's place, an ``nn.Identity`` fills it. The
+    model stays as it is.
 
-    Raises: ValueError when the width is not a legal one.
+    Raises: ValueError when the width or depth is not a legal one.
     """
     known = plan(model)
     units = known.units("extract", width)
-    made = view(model, width)
+    made = view(model, width, depth)
     del made.__dict__["_elastic"]
-    sliced = {(s.owner, s.name): s for s in sliced_tensors(made, known.dims)}
+    skipped = known.skipped("extract", depth)
+    remove(made, known.stages.values(), skipped)
+    dims = {key: dim for key, dim in known.dims.items() if not is_inside(key[0], skipped)}
+    sliced = {(s.owner, s.name): s for s in sliced_tensors(made, dims)}
     norms = batch_norms(made)
     selected = {name: _selected_state(norm) for name, norm in norms.items()}
     copies: dict[tuple, Tensor] = {}
@@ -36,11 +42,15 @@ def extract(model: nn.Module, width: Width) -> nn.Module:
         if name.rpartition(".")[0] in norms or name.rpartition(".")[0].rpartition(".")[0] in norms:
             continue
         _copy_tensors(name, module, selected.get(name, {}), sliced, units, copies)
+        if isinstance(module, SkippableBlock):
+            always_run(module)
         if isinstance(module, SlicedParameters):
             plain_parameters_again(module)
         if isinstance(module, SlimModule) and "_plain_attributes" in module.__dict__:
             _become_plain(module)
-        _resize(name, module, known.dims, units)
+        _resize(name, module, dims, units)
+    if skipped:
+        renumber(made, known.stages.values())
     return made
 
 

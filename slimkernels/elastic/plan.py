@@ -1,7 +1,7 @@
 """The plan of an elastic model: its width dimensions, which slices of which layers they are, and what a width means."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 Width = float | Mapping[str, float]
+Depth = float | Mapping[str, float] | None
 
 
 def make_divisible(value: float, divisor: int, full: int) -> int:
@@ -118,6 +119,20 @@ class ParameterCost:
 
     numel: int
     dims: tuple[tuple[str, str], ...]
+    owners: tuple[str, ...] = ()  # modules that have it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of blocks of which the first ``d`` can be run alone: one depth dimension."""
+
+    name: str  # of the container, or of the first block where a container has several stages
+    blocks: tuple[str, ...]  # modules in order; the first is always run
+    removable: bool = True  # whether the forward runs when skipped blocks are not there
+
+    def active_blocks(self, ratio: float) -> int:
+        """Blocks at ``ratio`` of the full depth: the nearest number, halves up, at least the first."""
+        return max(1, int(ratio * len(self.blocks) + 0.5))
 
 
 @dataclass
@@ -136,11 +151,13 @@ class Plan:
     layers: list[LayerCost] = field(default_factory=list)
     parameters: list[ParameterCost] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)
     current: Any = 1.0
+    current_depth: Any = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __deepcopy__(self, memo: dict) -> "Plan":
-        # Only ``current`` and ``cache`` ever change; a cache holds modules of the tree it was made for.
+        # Only ``current``, ``current_depth`` and ``cache`` ever change; a cache holds modules of the tree it was made for.
         copied = Plan(**{k: v for k, v in self.__dict__.items() if k != "cache"})
         memo[id(self)] = copied
         return copied
@@ -209,6 +226,58 @@ class Plan:
         """Active units of every group at a width."""
         ratios = self.ratios(where, width)
         return {name: group.active_units(ratios[name], self.divisor) for name, group in self.groups.items()}
+
+    def depths(self, where: str, depth: Depth) -> dict[str, int]:
+        """Blocks of every stage at a depth: a ratio for all stages, or a dict of blocks (int) or ratios (float) by the
+        names or globs of stages; those it does not name are full, and so are all when it is None.
+
+        Raises: ValueError when a ratio or number of blocks does not fit, or a name fits no stage.
+        """
+        full = {name: len(stage.blocks) for name, stage in self.stages.items()}
+        if depth is None or depth == {} or (isinstance(depth, float) and depth == 1.0):
+            return full
+        if not self.stages:
+            raise ValueError(
+                f"{where}: expected no depth but 1.0, as the model has no elastic depth (convert with depth=True),"
+                f" got {depth!r}"
+            )
+        if not isinstance(depth, Mapping):
+            if not isinstance(depth, float) or not 0 < depth <= 1:
+                raise ValueError(
+                    f"{where}: expected depth to be a float in (0, 1] or a dict of blocks by stage, got {depth!r}"
+                )
+            return {name: stage.active_blocks(depth) for name, stage in self.stages.items()}
+        exact = {key: asked for key, asked in depth.items() if key in self.stages}
+        for key, asked in [*((k, v) for k, v in depth.items() if k not in exact), *exact.items()]:
+            names = [key] if key in exact else [n for n in self.stages if isinstance(key, str) and matches(n, key)]
+            if not names:
+                known = ", ".join(self.stages)
+                raise ValueError(
+                    f"{where}: expected the name of a stage (globs allowed), got {key!r}; there are {known}"
+                )
+            for name in names:
+                full[name] = self._blocks(where, self.stages[name], asked)
+        return full
+
+    def _blocks(self, where: str, stage: Stage, asked: Any) -> int:
+        most = len(stage.blocks)
+        if isinstance(asked, int) and not isinstance(asked, bool) and 1 <= asked <= most:
+            return asked
+        if isinstance(asked, float) and 0 < asked <= 1:
+            return stage.active_blocks(asked)
+        raise ValueError(
+            f"{where}: expected depth of {stage.name!r} to be 1 to {most} blocks, or a float in (0, 1], got {asked!r}"
+        )
+
+    def skipped(self, where: str, depth: Depth) -> set[str]:
+        """Names of the blocks that do not run at a depth."""
+        found = self.depths(where, depth)
+        return {block for name, stage in self.stages.items() for block in stage.blocks[found[name] :]}
+
+
+def is_inside(name: str, blocks: Collection[str]) -> bool:
+    """Whether a module is one of the blocks or a part of one."""
+    return bool(blocks) and any(name == block or name.startswith(block + ".") for block in blocks)
 
 
 def matches(name: str, pattern: str) -> bool:

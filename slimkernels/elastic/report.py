@@ -8,7 +8,7 @@ from rich.table import Table
 from torch import nn
 
 from slimkernels.elastic.cost import Cost, cost
-from slimkernels.elastic.plan import Plan, WidthGroup, plan, unwrap
+from slimkernels.elastic.plan import Plan, Stage, WidthGroup, plan, unwrap
 from slimkernels.elastic.transform import batch_norms
 
 
@@ -17,6 +17,7 @@ class Report:
     """``str()`` gives tables as text; rich prints it with colours. The attributes are for programs."""
 
     groups: dict[str, WidthGroup]  # every width dimension
+    stages: dict[str, Stage]  # every depth dimension
     smallest: dict[str, int]  # channels at the lowest legal width
     left_alone: dict[str, str]  # layer -> why no width changes it
     gathers: list[str]  # layers whose inputs are gathered, as they follow a concat
@@ -35,8 +36,15 @@ class Report:
             shown = ", ".join(sides[:4]) + (f" and {len(sides) - 4} more" if len(sides) > 4 else "")
             dimensions.add_row(name, str(group.size), str(self.smallest[name]), shown)
         yield dimensions
+        if self.stages:
+            yield f"[bold]{len(self.stages)} stages[/] of elastic depth"
+            stages = Table("stage", "blocks", "always run", "last")
+            for name, stage in self.stages.items():
+                stages.add_row(name, str(len(stage.blocks)), stage.blocks[0], stage.blocks[-1])
+            yield stages
+        size = " width and depth" if self.stages else " width"
         yield (
-            f"parameters {self.full.params:,} full, {self.least.params:,} at the smallest width;"
+            f"parameters {self.full.params:,} full, {self.least.params:,} at the smallest{size};"
             f" MACs {self.full.macs:,} full, {self.least.macs:,} at the smallest"
         )
         if self.calibrated is not None:
@@ -59,7 +67,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Every width dimension of an elastic model, every layer left alone with the reason, and the calibrated widths.
+    """Every width and depth dimension of an elastic model, every layer left alone with the reason, and the calibrated widths.
 
     Raises: ValueError when the model is not elastic.
     """
@@ -68,6 +76,7 @@ def report(model: nn.Module) -> Report:
     norms = list(batch_norms(unwrap(model)).values())
     return Report(
         groups=dict(known.groups),
+        stages=dict(known.stages),
         smallest={name: g.active_units(low, known.divisor) * g.unit for name, g in known.groups.items()},
         left_alone=dict(known.left_alone),
         gathers=list(known.gathers),
@@ -76,5 +85,5 @@ def report(model: nn.Module) -> Report:
         widths=known.legal,
         norm=known.norm,
         full=cost(model, 1.0),
-        least=cost(model, low),
+        least=cost(model, low, dict.fromkeys(known.stages, 1)),
     )

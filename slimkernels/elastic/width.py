@@ -8,27 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels.elastic.depth import skip
 from slimkernels.elastic.parameters import set_parameter_width
-from slimkernels.elastic.plan import Dim, Plan, Width, plan, unwrap
+from slimkernels.elastic.plan import Depth, Dim, Plan, Width, plan, unwrap
 from slimkernels.elastic.slices import parameter_side
 from slimkernels.nn._base import SlimModule
 
 _CACHED_WIDTHS = 256  # widths of which the assignments are kept; a sampler draws new ones for ever
 
 
-def set_width(model: nn.Module, width: Width) -> None:
-    """Run ``model`` at ``width`` from now on.
+def set_width(model: nn.Module, width: Width, depth: Depth = None) -> None:
+    """Run ``model`` at ``width`` and ``depth`` from now on.
 
     Args:
         model: an elastic model, also compiled by ``slimkernels.compile``.
         width: a ratio of the full width; or a dict of ratios by name: a width dimension (see ``report``), a module,
             which stands for the dimensions that its layers produce, or a glob over module names. Dimensions that a dict
             does not name are full.
+        depth: a float in (0, 1], the ratio of every stage's blocks that run (rounded to the nearest number, at least
+            the first one); or a dict by stage (see ``report``; globs allowed) of numbers of blocks (int) or ratios
+            (float), in which stages that it does not name are full; None: all blocks. A plain int is refused, as 1
+            could mean one block or all of them.
 
-    Raises: ValueError when the width is not a legal one or a name fits nothing; the width then stays as it was.
+    Raises: ValueError when the width or depth is not a legal one or a name fits nothing; both then stay as they were.
     """
     known = plan(model)
     ratios = known.ratios("set_width", width)
+    skipped = known.skipped("set_width", depth)
     inner = unwrap(model)
     uniform = None if isinstance(width, Mapping) else next(iter(ratios.values()))
     key = (uniform, tuple(ratios.values()), next((p.device for p in inner.parameters()), None))
@@ -40,38 +46,42 @@ def set_width(model: nn.Module, width: Width) -> None:
             known.cache.clear()
         known.cache[key] = entries
     apply(entries)
+    if known.stages:
+        skip(inner, known.stages.values(), skipped)
     known.current = dict(width) if isinstance(width, Mapping) else uniform
+    known.current_depth = dict(depth) if isinstance(depth, Mapping) else depth
 
 
 @contextmanager
-def width(model: nn.Module, width: Width) -> Iterator[nn.Module]:
-    """``set_width`` for a block; the width from before comes back when it is left, also by an exception. Nests.
+def width(model: nn.Module, width: Width, depth: Depth = None) -> Iterator[nn.Module]:
+    """``set_width`` for a block; the width and depth from before come back when it is left, also by an exception. Nests.
 
     The width belongs to the model, not to the thread: for several threads at once, use one ``view`` each.
     """
     known = plan(model)
-    before = known.current
-    set_width(model, width)
+    before = known.current, known.current_depth
+    set_width(model, width, depth)
     try:
         yield model
     finally:
-        set_width(model, before)
+        set_width(model, *before)
 
 
-def view(model: nn.Module, width: Width) -> nn.Module:
-    """A module tree at ``width`` that shares every parameter and buffer with ``model``, and nothing else.
+def view(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
+    """A module tree at ``width`` and ``depth`` that shares every parameter and buffer with ``model``, and nothing else.
 
     Its width is its own: several threads run different widths by using a view each. Training steps and loaded weights
     show in it at once, as the tensors are the same; ``calibrate`` on the model afterwards needs a new view.
 
-    Raises: ValueError when the width is not a legal one.
+    Raises: ValueError when the width or depth is not a legal one.
     """
     inner = unwrap(model)
     plan(inner).ratios("view", width)
+    plan(inner).depths("view", depth)
     shared = [*inner.parameters(), *inner.buffers()]
     memo = {id(tensor): tensor for tensor in shared}
     made = copy.deepcopy(inner, memo)
-    set_width(made, width)
+    set_width(made, width, depth)
     return made
 
 
