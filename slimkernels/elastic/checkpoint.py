@@ -152,7 +152,7 @@ def _from_json(data: dict[str, Any]) -> Plan:
         left_alone=data["left_alone"],
         gathers=data["gathers"],
         ignored=data["ignored"],
-        layers=[LayerCost(**layer) for layer in data["layers"]],
+        layers=[LayerCost(**{**layer, "sides": tuple(layer.get("sides", ("in", "out")))}) for layer in data["layers"]],
         parameters=[
             ParameterCost(p["numel"], tuple((a, b) for a, b in p["dims"]), tuple(p.get("owners", ())))
             for p in data["parameters"]

@@ -11,7 +11,7 @@ from slimkernels.elastic.cost import layer_costs, parameter_costs
 from slimkernels.elastic.depth import make_skippable
 from slimkernels.elastic.graph import Analysis, width_groups
 from slimkernels.elastic.importance import check_sort, orders
-from slimkernels.elastic.layers import kind_of, reason_not_slimmable
+from slimkernels.elastic.layers import RECURRENT, kind_of, reason_not_slimmable
 from slimkernels.elastic.plan import Plan, Stage, matches
 from slimkernels.elastic.probe import Prober
 from slimkernels.elastic.slices import permute
@@ -224,4 +224,4 @@ def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict
 
 
 def _gathered(model: nn.Module, name: str, dim: Any) -> bool:
-    return dim.blocks == 0 or (dim.blocks > 1 and not isinstance(model.get_submodule(name), nn.Linear))
+    return dim.blocks == 0 or (dim.blocks > 1 and not isinstance(model.get_submodule(name), (nn.Linear, *RECURRENT)))

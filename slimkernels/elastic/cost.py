@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from slimkernels.elastic.layers import CONVS, TRANSPOSED, full_size, kind_of
+from slimkernels.elastic.layers import CONVS, RECURRENT, TRANSPOSED, full_size, kind_of
 from slimkernels.elastic.plan import Depth, LayerCost, ParameterCost, Width, is_inside, plan
+from slimkernels.elastic.recurrent import macs_of, steps_of
 from slimkernels.elastic.slices import Dims, sliced_tensors
 from slimkernels.elastic.trace import run
 
@@ -15,7 +16,7 @@ class Cost(NamedTuple):
     """What a sub-network costs."""
 
     params: int  # elements of the parameters of the extracted network
-    macs: int  # multiply-accumulates of its Linear and convolution layers, for the example inputs of ``convert``
+    macs: int  # multiply-accumulates of its Linear, convolution and recurrent layers, for the example inputs of ``convert``
 
 
 def cost(model: nn.Module, width: Width, depth: Depth = None) -> Cost:
@@ -38,11 +39,10 @@ def cost(model: nn.Module, width: Width, depth: Depth = None) -> Cost:
     for layer in known.layers:
         if is_inside(layer.module, skipped):
             continue
-        sizes = {"in": layer.size_in, "out": layer.size_out}
-        for side in sizes:
-            dim = known.dims.get((layer.module, side))
-            sizes[side] = sizes[side] if dim is None else dim.active(units)
-        macs += sizes["out"] * (1 if layer.grouped else sizes["in"]) * layer.factor
+        taken, made = (known.dims.get((layer.module, side)) for side in layer.sides)
+        size_in = layer.size_in if taken is None else taken.active(units)
+        size_out = layer.size_out if made is None else made.active(units)
+        macs += size_out * (1 if layer.grouped else size_in) * layer.factor
     return Cost(params, macs)
 
 
@@ -66,6 +66,10 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
     factors: dict[str, int] = {}
 
     def record(module: Any, inputs: tuple, output: Any) -> None:
+        if isinstance(module, RECURRENT):
+            name = names[id(module)]
+            factors[name] = factors.get(name, 0) + steps_of(module, output)
+            return
         if not isinstance(output, torch.Tensor) or not inputs or not isinstance(inputs[0], torch.Tensor):
             return
         kind = kind_of(module)
@@ -85,7 +89,8 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
         name = names[id(module)]
         factors[name] = factors.get(name, 0) + factor
 
-    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, (nn.Linear, *CONVS))]
+    counted = (nn.Linear, *CONVS, nn.LSTM, nn.GRU)
+    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, counted)]
     try:
         with torch.no_grad():
             run(model, example_inputs)
@@ -99,6 +104,11 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
         module = model.get_submodule(name)
         kind = kind_of(module)
         assert kind is not None
+        if isinstance(module, RECURRENT):
+            for sides, times in macs_of(module):
+                size_in, size_out = (full_size(module, kind, side) for side in sides)
+                found.append(LayerCost(name, size_in, size_out, False, factor * times, sides))
+            continue
         size_in, size_out = (full_size(module, kind, side) for side in ("in", "out"))
         found.append(LayerCost(name, size_in, size_out, getattr(module, "groups", 1) > 1, factor))
     return found

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimkernels.elastic.depth import SkippableBlock, always_run, remove, renumber
-from slimkernels.elastic.layers import full_size, kind_of
+from slimkernels.elastic.layers import RECURRENT, full_size, kind_of
 from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_again
 from slimkernels.elastic.plan import Depth, Width, is_inside, plan
+from slimkernels.elastic.recurrent import refresh
 from slimkernels.elastic.slices import Dims, Sliced, sliced_tensors, take
 from slimkernels.elastic.transform import batch_norms
 from slimkernels.elastic.width import view
@@ -49,6 +50,8 @@ def extract(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
         if isinstance(module, SlimModule) and "_plain_attributes" in module.__dict__:
             _become_plain(module)
         _resize(name, module, dims, units)
+        if isinstance(module, RECURRENT):
+            refresh(module)
     if skipped:
         renumber(made, known.stages.values())
     return made
@@ -96,9 +99,11 @@ def _become_plain(module: Any) -> None:
     cls = type(module)
     kind = kind_of(module)
     assert kind is not None
-    own = [base for base in cls.__bases__ if not issubclass(base, SlimModule) and issubclass(base, kind.torch_class)]
+    own: list[type] = [
+        base for base in cls.__bases__ if not issubclass(base, SlimModule) and issubclass(base, kind.torch_class)
+    ]
     # The class that convert made of a user's subclass has it as a base; a slimmable class has torch's.
-    module.__class__ = own[0]
+    module.__class__ = own[0] if own else kind.torch_class
     hooks = module._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("slimkernels.")]:
         del hooks[key]
@@ -114,7 +119,7 @@ def _resize(name: str, module: nn.Module, dims: Dims, units: Mapping[str, int]) 
         return
     for side in kind.sides:
         dim = dims.get((name, side))
-        if dim is None:
+        if dim is None or not kind.sizes[side]:
             continue
         active, attribute = dim.active(units), kind.sizes[side]
         for groups in ("groups", "num_groups"):

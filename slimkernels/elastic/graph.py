@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from slimkernels.elastic.layers import CONVS
+from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.plan import Dim, Run, WidthGroup
 from slimkernels.elastic.trace import Coupling
 
@@ -101,7 +101,9 @@ def _add_group(
     # A depthwise convolution passes channels on: the layer that makes them gives the name.
     made = [name for name in producers if (name, "in") not in keys] or producers
     name = made[0]
-    positions = {label: [p for key, p in classes[label] if key == (name, "out")] for label in labels}
+    # The width of a recurrent layer is that of one direction.
+    counted = (name, "state" if (name, "state") in keys else "out")
+    positions = {label: [p for key, p in classes[label] if key == counted] for label in labels}
     ordered = sorted(labels, key=lambda label: positions[label][0])
     reason = next((poison[label] for label in ordered if label in poison), None)
     if reason is None and not any(
@@ -175,9 +177,12 @@ def _reject_unsupported(analysis: Analysis, modules: dict[str, nn.Module]) -> No
         module = modules[name]
         simple = dim.blocks == 1
         gathered = isinstance(module, CONVS) and module.groups > 1  # outputs follow the groups of the inputs
-        if side == "out" and not simple and not gathered and not (isinstance(module, nn.Linear) and dim.blocks):
+        if (
+            side == "out"
+            and not simple
+            and not gathered
+            and not (isinstance(module, (nn.Linear, *RECURRENT)) and dim.blocks)
+        ):
             analysis.reject(dim.groups, f"the output of {name} is no leading slice")
         elif isinstance(module, nn.GroupNorm) and not simple:
             analysis.reject(dim.groups, f"the group norm {name} takes several width dimensions")
-        elif isinstance(module, nn.GroupNorm) and module.num_groups == 1:
-            analysis.reject(dim.groups, f"{name} has one group, and the group size stays")

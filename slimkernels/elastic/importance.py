@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels.elastic.layers import TAKES_IN
 from slimkernels.elastic.plan import Dim, WidthGroup
 from slimkernels.elastic.slices import Sliced, sliced_tensors
 from slimkernels.elastic.trace import as_call
@@ -96,7 +97,7 @@ def _magnitude(tensors: Sequence[Sliced], groups: Groups, sort: str) -> dict[str
     scores = {name: torch.zeros(group.units, dtype=torch.float64) for name, group in groups.items()}
     for sliced in tensors:
         for axis, dim in sliced.axes.items():
-            if sliced.name != "weight" or dim.side not in ("in", "out"):
+            if not sliced.name.startswith("weight") or dim.side not in ("out", "gates", *TAKES_IN):
                 continue
             values = sliced.tensor.double().square() if squares else sliced.tensor.double().abs()
             for name, score in _per_unit(values, axis, dim, groups).items():

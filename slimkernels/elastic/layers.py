@@ -1,7 +1,7 @@
 """What the converter knows of each torch layer: which of its dimensions can be sliced, and which tensors have them.
 
 A *side* names a sliced dimension of a module: ``in`` and ``out`` of the layers that mix channels, ``ch`` of those that
-keep them (norms, PReLU), ``param:<name>`` of a plain parameter.
+keep them (norms, PReLU), ``param:<name>`` of a plain parameter; those of recurrent layers are in ``recurrent.py``.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from functools import cache
 from torch import nn
 
 from slimkernels import nn as slim
+from slimkernels.elastic import recurrent
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,16 @@ def kinds() -> tuple[LayerKind, ...]:
     found.append(LayerKind(nn.RMSNorm, {"ch": "normalized_shape"}, {"weight": {0: "ch"}}, "SlimRMSNorm"))
     found.append(LayerKind(nn.GroupNorm, {"ch": "num_channels"}, _CHANNELS, "SlimGroupNorm"))
     found.append(LayerKind(nn.Embedding, {"out": "embedding_dim"}, {"weight": {1: "out"}}, "SlimEmbedding"))
+    for layer in (nn.LSTM, nn.GRU):
+        found.append(LayerKind(layer, recurrent.SIDES, {}, f"Slim{layer.__name__}"))
     found.append(LayerKind(nn.PReLU, {"ch": "num_parameters"}, {"weight": {0: "ch"}}))
     return tuple(found)
 
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVS = (nn.modules.conv._ConvNd,)
+RECURRENT = (nn.RNNBase,)
+TAKES_IN = ("in", "state", "next")  # sides whose inactive entries have to see zeros
 TRANSPOSED = (nn.modules.conv._ConvTransposeNd,)
 
 
@@ -66,16 +71,23 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     for kind in kinds():
         if isinstance(module, kind.torch_class):
             return kind
+        # The slimmable recurrent layers extend torch's base class only.
+        if isinstance(module, RECURRENT) and isinstance(module, slim_class(kind) or ()):
+            return kind
     return None
 
 
 def full_size(module: nn.Module, kind: LayerKind, side: str) -> int:
+    if isinstance(module, RECURRENT):
+        return recurrent.size_of(module, side)
     size = getattr(module, kind.sizes[side])
     return size[0] if isinstance(size, tuple) else size
 
 
 def tensor_axes(module: nn.Module, kind: LayerKind) -> dict[str, dict[int, str]]:
     """Tensor name -> {axis: side} of this very module: a grouped convolution's inner axis is never cut."""
+    if isinstance(module, RECURRENT):
+        return recurrent.axes_of(module)
     if getattr(module, "groups", 1) > 1:
         outer = "in" if isinstance(module, TRANSPOSED) else "out"
         return {"weight": {0: outer}, "bias": {0: "out"}}
@@ -99,7 +111,9 @@ def reason_not_slimmable(module: nn.Module) -> str | None:
         for method in ("forward", "_conv_forward", "__call__"):
             if getattr(cls, method, None) is not getattr(kind.torch_class, method, None):
                 return f"{cls.__name__} has a {method} of its own"
-    for name in kind.axes:
+    if getattr(module, "proj_size", 0):
+        return "it has a projection (proj_size)"
+    for name in tensor_axes(module, kind):
         if getattr(module, name, None) is not None and name not in module._parameters and name not in module._buffers:
             return f"its {name} is computed (parametrization or weight norm)"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:

@@ -111,6 +111,7 @@ class LayerCost:
     size_out: int
     grouped: bool
     factor: int
+    sides: tuple[str, str] = ("in", "out")
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,8 @@ class Plan:
         return [
             group.name
             for group in self.groups.values()
-            if isinstance(key, str) and any(side != "in" and matches(name, key) for name, side in group.members)
+            if isinstance(key, str)
+            and any(matches(name, key) for name, side in group.members if side in ("out", "ch") or ":" in side)
         ]
 
     def units(self, where: str, width: Width) -> dict[str, int]:

@@ -32,7 +32,8 @@ class Report:
         yield f"[bold]{len(self.groups)} width dimensions[/], widths {self.widths}, batch norm {self.norm}"
         dimensions = Table("width dimension", "full", "smallest", "layers")
         for name, group in self.groups.items():
-            sides = [module if side != "in" else f"{module} (in)" for module, side in group.members]
+            shown_sides = [(module, side) for module, side in group.members if side not in ("gates", "next", "state")]
+            sides = [module if side != "in" else f"{module} (in)" for module, side in shown_sides]
             shown = ", ".join(sides[:4]) + (f" and {len(sides) - 4} more" if len(sides) > 4 else "")
             dimensions.add_row(name, str(group.size), str(self.smallest[name]), shown)
         yield dimensions

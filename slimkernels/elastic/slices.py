@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimkernels.elastic.layers import kind_of, tensor_axes
+from slimkernels.elastic.layers import TAKES_IN, kind_of, tensor_axes
 from slimkernels.elastic.plan import Dim
 
 Dims = Mapping[tuple[str, str], Dim]
@@ -108,7 +108,7 @@ def masked(model: nn.Module, dims: Dims, units: Mapping[str, int]) -> Iterator[N
     """A plain model that computes at full width what its slices compute: whatever takes channels in gets zeros for
     inactive ones.
 
-    A layer norm, which mixes channels, is made to see the active ones only.
+    A layer norm or a group norm of one group, which mix channels, are made to see the active ones only.
     """
     saved: list[tuple[Tensor, Tensor]] = []
     norms: list[nn.Module] = []
@@ -117,7 +117,7 @@ def masked(model: nn.Module, dims: Dims, units: Mapping[str, int]) -> Iterator[N
         with torch.no_grad():
             for sliced in sliced_tensors(model, dims):
                 for axis, dim in sliced.axes.items():
-                    if dim.side == "in" or dim.side.startswith("param:"):
+                    if dim.side in TAKES_IN or dim.side.startswith("param:"):
                         saved.append((sliced.tensor, sliced.tensor.clone()))
                         keep = torch.zeros(dim.size, dtype=torch.bool)
                         keep[dim.positions(units)] = True
@@ -125,7 +125,7 @@ def masked(model: nn.Module, dims: Dims, units: Mapping[str, int]) -> Iterator[N
                         shape[axis] = dim.size
                         sliced.tensor.mul_(keep.view(shape).to(sliced.tensor))
         for (name, side), dim in dims.items():
-            if side == "ch" and isinstance(modules[name], (nn.LayerNorm, nn.RMSNorm)):
+            if side == "ch" and _mixes_channels(modules[name]):
                 norms.append(modules[name])
                 modules[name].forward = _masked_norm(modules[name], dim.positions(units))
         yield
@@ -137,19 +137,26 @@ def masked(model: nn.Module, dims: Dims, units: Mapping[str, int]) -> Iterator[N
                 tensor.copy_(old)
 
 
+def _mixes_channels(norm: Any) -> bool:
+    return isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) or (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1)
+
+
 def _masked_norm(module: Any, positions: list[int]):
     index = torch.tensor(positions)
 
     def forward(x: Tensor) -> Tensor:
         at = index.to(x.device)
-        part = x.index_select(-1, at)
+        axis = 1 if isinstance(module, nn.GroupNorm) else -1
+        part = x.index_select(axis, at)
         weight = None if module.weight is None else module.weight[at]
         if isinstance(module, nn.RMSNorm):
-            y = F.rms_norm(part, (len(positions),), weight, module.eps)
+            return torch.zeros_like(x).index_copy(axis, at, F.rms_norm(part, (len(positions),), weight, module.eps))
+        bias = None if module.bias is None else module.bias[at]
+        if isinstance(module, nn.GroupNorm):
+            y = F.group_norm(part, 1, weight, bias, module.eps)
         else:
-            bias = None if module.bias is None else module.bias[at]
             y = F.layer_norm(part, (len(positions),), weight, bias, module.eps)
-        return torch.zeros_like(x).index_copy(-1, at, y)
+        return torch.zeros_like(x).index_copy(axis, at, y)
 
     return forward
 

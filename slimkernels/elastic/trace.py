@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slimkernels.elastic.layers import full_size, kind_of
+from slimkernels.elastic.layers import RECURRENT, full_size, kind_of
+from slimkernels.elastic.recurrent import same_units, stand_ins
 
 IS_OUTPUT = "its channels are an output of the network"
 
@@ -156,8 +157,9 @@ def trace(model: nn.Module, example_inputs: Any, unsliced: Callable[[str, nn.Mod
         owner, _, key = name.rpartition(".")
         coupling.add(owner, f"param:{axis}:{key}", p.shape[axis])
 
-    graph, output_ids = _dependency_graph(model, example_inputs, plain)
-    _follow(graph, model, names, plain, output_ids, coupling)
+    with stand_ins(model, names) as known:
+        graph, output_ids = _dependency_graph(model, example_inputs, plain)
+        _follow(graph, model, known, plain, output_ids, coupling)
     for name, module in model.named_modules():
         _couple_within(coupling, name, module)
         reason = unsliced(name, module)
@@ -213,19 +215,24 @@ def _graph_class() -> type:
     from torch_pruning.dependency import shape_infer
 
     class Graph(torch_pruning.DependencyGraph):
-        """The dependency graph, with reshapes other than flattening and its reverse left as they are.
+        """The dependency graph, with reshapes other than flattening and its reverse, and cuts of a matrix's rows, left as
+        they are.
 
-        The base class takes every reshape for one of the two by the channels it infers around it, and divides by them:
-            for
-        the reshapes of a channel shuffle or of attention heads that is a wrong mapping or a division by zero.
+        The base class takes every reshape for one of the two by the channels it infers around it, and divides by them: for the
+        reshapes of a channel shuffle or of attention heads that is a wrong mapping or a division by zero.
         """
 
         def _build_dependency(self, module2node):
             super()._build_dependency(module2node)
             shape_infer.init_shape_information(self)
             for node in module2node.values():
-                if node.type == ops.OPTYPE.RESHAPE and not self._flattens(node):
+                if (node.type == ops.OPTYPE.RESHAPE and not self._flattens(node)) or self._slices_rows(node):
                     node.type = ops.OPTYPE.ELEMENTWISE
+
+        def _slices_rows(self, node) -> bool:
+            """Part of the rows of a matrix (packed sequences are cut so): the channels stay whole."""
+            size = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+            return node.type == ops.OPTYPE.SLICE and len(size) == 2 and node.grad_fn._saved_dim == 0
 
         def _flattens(self, node) -> bool:
             size = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
@@ -324,13 +331,16 @@ def _couple_item(
 
 
 def _couple_within(coupling: Coupling, name: str, module: nn.Module) -> None:
-    """Channels that a grouped convolution or a group norm holds together."""
+    """Channels that a grouped convolution, a group norm or a recurrent layer holds together."""
 
     def union_all(nodes: Iterable[int]) -> None:
         first, *rest = nodes
         for other in rest:
             coupling.union(first, other)
 
+    if isinstance(module, RECURRENT) and kind_of(module) is not None:
+        for (side, position), (other, same) in same_units(module):
+            coupling.union(coupling.node((name, side), position), coupling.node((name, other), same))
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         start_in, size_in = coupling.offsets[name, "in"]
         start_out, size_out = coupling.offsets[name, "out"]

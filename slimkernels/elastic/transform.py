@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from slimkernels.elastic.layers import full_size, kind_of, reason_not_slimmable, slim_class
+from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, reason_not_slimmable, slim_class
 from slimkernels.elastic.parameters import slice_parameters
 from slimkernels.elastic.plan import Dim, WidthGroup
 from slimkernels.elastic.slices import parameter_side
@@ -52,6 +52,8 @@ def _become_slim(module: Any, sides: Mapping[str, Dim]) -> None:
     else:
         module.activation = "none"
         module._init_width(full_size(module, kind, kind.sides[-1]))
+    if isinstance(module, RECURRENT) and "in" in sides:
+        module.in_blocks = max(1, sides["in"].blocks)
     if isinstance(module, nn.Linear):
         module.__dict__.update(in_blocks=1, out_blocks=1)
         for side, dim in sides.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.elastic.depth import skip
+from slimkernels.elastic.layers import RECURRENT
 from slimkernels.elastic.parameters import set_parameter_width
 from slimkernels.elastic.plan import Depth, Dim, Plan, Width, plan, unwrap
 from slimkernels.elastic.slices import parameter_side
@@ -106,7 +107,8 @@ def assignments(
     module: Any
     for name, sides in by_module.items():
         module = modules[name]
-        layer = [dim for side, dim in sides.items() if side in ("out", "ch")]
+        made = ("state",) if isinstance(module, RECURRENT) else ("out", "ch")
+        layer = [dim for side, dim in sides.items() if side in made]
         if isinstance(module, SlimModule):
             n = layer[0].active(units) if layer else module.full_width
             taken = sides.get("in") or sides.get("ch")
@@ -140,7 +142,7 @@ def _gather(module: Any, dim: Dim | None, units: Mapping[str, int]) -> Tensor | 
     """Positions of the active inputs, where they are no slice that the module can take."""
     if dim is None or dim.blocks == 1 or dim.active(units) == dim.size:
         return None
-    if dim.blocks and isinstance(module, nn.Linear):
+    if dim.blocks and isinstance(module, (nn.Linear, *RECURRENT)):
         return None
     return _index(module, dim, units)
 

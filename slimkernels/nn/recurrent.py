@@ -26,6 +26,11 @@ class _SlimRecurrent(SlimModule, nn.RNNBase):
         self.in_blocks, self.recompute = in_blocks, recompute
         self._init_width(self.hidden_size)
 
+    def _init_slim(self) -> None:
+        """What a layer of torch that becomes this one lacks."""
+        self.in_blocks, self.recompute = 1, False
+        self._init_width(self.hidden_size)
+
     @property
     def width(self) -> int:
         """Active hidden size of each direction; the output has ``width * num_directions`` features."""
@@ -93,6 +98,10 @@ class SlimLSTM(_SlimRecurrent):
 
     def __init__(self, *args, in_blocks: int = 1, recompute: bool = False, **kwargs) -> None:
         super().__init__(*args, in_blocks=in_blocks, recompute=recompute, **kwargs)
+        self._proj = torch.empty((self.proj_size, 0))
+
+    def _init_slim(self) -> None:
+        super()._init_slim()
         self._proj = torch.empty((self.proj_size, 0))
 
     @property
