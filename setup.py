@@ -19,6 +19,8 @@ def cpu_extension():
         "-Wextra",
         "-Wno-psabi",
         "-Wno-unknown-pragmas",
+        "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 headers, hundreds of times
+        "-Wno-maybe-uninitialized",
         "-fopenmp",
         "-fvisibility=hidden",
     ]
