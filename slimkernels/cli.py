@@ -50,8 +50,15 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
         console.print()
 
 
-def run_recipe(build: Callable[[], Any], out: Path, resume: bool, seed: int, threads: int | None) -> None:
-    """Builds and runs a recipe; what a person can mend is told in one sentence."""
+def run_recipe(
+    build: Callable[[], Any],
+    out: Path,
+    resume: bool,
+    seed: int,
+    threads: int | None,
+    run: Callable[..., Any] | None = None,
+) -> None:
+    """Builds and runs a recipe (``run``; None: the pipeline's); what a person can mend is told in one sentence."""
     import torch
 
     from slimkernels.recipes import data, pipeline
@@ -60,7 +67,7 @@ def run_recipe(build: Callable[[], Any], out: Path, resume: bool, seed: int, thr
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        pipeline.run(build(), out, resume=resume, seed=seed, command=command_line(), console=console)
+        (run or pipeline.run)(build(), out, resume=resume, seed=seed, command=command_line(), console=console)
     except (data.DataError, pipeline.Stopped, CheckpointError, TrainingError, ValueError) as error:
         fail(error)
 
@@ -137,6 +144,40 @@ def cifar(
             )
 
     run_recipe(build, out, resume, seed, threads)
+
+
+@train_app.command("hyper")
+def hypernet(
+    recipe: Annotated[str, typer.Option(help="'digits' or 'cifar'.")] = "digits",
+    data: Annotated[Path | None, typer.Option(help="For cifar: the images, as for train cifar.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="For cifar: the trained weights, as for train cifar.")] = None,
+    out: Out = Path("runs/hyper"),
+    resume: Resume = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every arm.")] = 400,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step (64 digits, 128 others).")] = None,
+    arms: Annotated[str | None, typer.Option(help="Some of the arms only: how their names begin, with ';'.")] = None,
+    test_images: Annotated[int | None, typer.Option(min=10, help="For cifar: test on so many images.")] = None,
+    amp: Annotated[str | None, typer.Option(help="For cifar: 'bf16' for mixed precision.")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Generate a network's weights at every width, and compare with slimmable fine-tuning of the same budget."""
+    from slimkernels.recipes import hyper
+
+    names = None if arms is None else [name.strip() for name in arms.split(";")]
+    if recipe not in ("digits", "cifar"):
+        fail(f"train hyper: expected --recipe to be digits or cifar, got {recipe!r}")
+
+    def build() -> Any:
+        if recipe == "digits":
+            return hyper.digit_recipe(steps, batch_size or 64, names)
+        if data is None or weights is None:
+            raise ValueError("train hyper: expected --data and --weights with --recipe cifar, got none")
+        return hyper.cifar_recipe(
+            data, weights, steps=steps, batch_size=batch_size or 128, arms=names, test_images=test_images, amp=amp
+        )
+
+    run_recipe(build, out, resume, seed, threads, hyper.run)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

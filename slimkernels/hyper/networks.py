@@ -89,6 +89,7 @@ class InrNetworks(nn.Module):
     def match(self, units: Mapping[str, int], originals: Mapping[str, Tensor]) -> None:
         """Start every tensor with mean 0 and as large as the original at full width, by its scale and its network's
         last bias (a bias that all tensors share stays)."""
+        self.scale.fill_(1)
         dtypes = [torch.float32] * len(self.targets)
         made = self(units, None, dtypes, noise="none", seed=None, samples=1, first_sample=0)
         for i, target in enumerate(self.targets):

@@ -122,7 +122,7 @@ def make_trainer(
     recipe: Recipe, model: nn.Module, checkpoints: Path, seed: int, console: Console, checkpoint_every: int
 ) -> train.SlimmableTrainer:
     optimizer = recipe.optimizer(parameter_groups(model, recipe.weight_decay))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(recipe.steps, recipe.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(recipe.steps, recipe.warmup))
     loader = Batches(
         recipe.data.train_x, recipe.data.train_y, recipe.batch_size, augmented=recipe.augmented, flip=recipe.flip
     )
@@ -149,7 +149,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def _schedule(steps: int, warmup: float) -> Callable[[int], float]:
+def cosine_schedule(steps: int, warmup: float) -> Callable[[int], float]:
+    """Factor of the learning rate: it rises for the share ``warmup`` of the steps, then falls to 0."""
     rise = max(1, round(steps * warmup))
 
     def factor(step: int) -> float:
