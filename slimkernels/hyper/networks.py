@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from slimkernels.hyper.targets import Target
 from slimkernels.ops import InrParameters, InrTensor, inr_weights
 
+_BIAS_SHARE = 0.05  # of the original's size: as in random initialisation, biases start near zero
+
 
 class InrNetworks(nn.Module):
     """One multi-layer perceptron a tensor, or one for all; generates all the tensors in one call.
@@ -88,7 +90,7 @@ class InrNetworks(nn.Module):
     @torch.no_grad()
     def match(self, units: Mapping[str, int], originals: Mapping[str, Tensor]) -> None:
         """Start every tensor with mean 0 and as large as the original at full width, by its scale and its network's
-        last bias (a bias that all tensors share stays)."""
+        last bias (a bias that all tensors share stays). A layer's bias starts small."""
         self.scale.fill_(1)
         dtypes = [torch.float32] * len(self.targets)
         made = self(units, None, dtypes, noise="none", seed=None, samples=1, first_sample=0)
@@ -98,7 +100,8 @@ class InrNetworks(nn.Module):
             if mean:
                 self.b_out[self.tensors[i].mlp] -= mean * target.active(units)[1]
             size = (w - mean).square().mean().sqrt()
-            self.scale[i] = (wanted / size).clamp(1e-3, 1e3) if size > 0 else 1.0
+            share = _BIAS_SHARE if target.layout == "bias" else 1.0
+            self.scale[i] = (share * wanted / size).clamp(1e-3, 1e3) if size > 0 else 1.0
 
     def of(self, index: int) -> list[Tensor]:
         """The parameters of one tensor's network."""

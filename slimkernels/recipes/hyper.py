@@ -51,6 +51,7 @@ class Arm:
     noise: str = "axis"
     blocks: Sequence[str] | None = None
     lr: float = 5e-3
+    matched: bool = False  # generated layers start with outputs as large as the target's
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,14 +89,15 @@ class Recipe:
         return [w for w in self.widths if w not in self.unseen]
 
 
-KL: Mapping[str, Any] = {"rule": "sandwich", "distill": "kl"}
+# The same number of passes a step as the others. Reconstruction and weight norm pull weights that are not the trained
+# ones' neighbours to zero: without them nothing but the labels is learned from.
+SCRATCH: Mapping[str, Any] = {"rule": "sandwich", "reconstruction": 0.0, "weight_norm": 0.0, "clip_grad": 1.0}
 DIGIT_ARMS = (
     Arm("slimmable", lr=1.5e-3),
     Arm("residual, axis noise", "residual"),
     Arm("residual, element noise", "residual", noise="element"),
-    Arm("residual, no noise", "residual", noise="none"),
-    Arm("from scratch, axis noise", "neumeta", trainer=KL),
-    Arm("from scratch, element noise", "neumeta", noise="element", trainer=KL),
+    Arm("scratch, axis noise", "neumeta", lr=1e-3, matched=True, trainer=SCRATCH),
+    Arm("scratch, element noise", "neumeta", noise="element", lr=1e-3, matched=True, trainer=SCRATCH),
 )
 BLOCKS = ("layer3.0", "layer3.1", "layer3.2")
 CIFAR_ARMS = (
@@ -259,6 +261,8 @@ def make_trainer(
     generator = hyper.WeightGenerator(
         model, arm.tensors, base=arm.base, noise=arm.noise, blocks=arm.blocks, **recipe.generator
     )
+    if arm.matched:
+        hyper.match_outputs(generator, prepared(recipe.data.train_x[:64]))
     optimizer = torch.optim.AdamW(generator.trained_parameters(), lr=arm.lr, weight_decay=0.0)
     options["scheduler"] = cosine(optimizer, recipe.steps)
     if arm.mode == "blockwise":
