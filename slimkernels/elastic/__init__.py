@@ -1,4 +1,4 @@
-"""Make a trained network run at any width and depth: convert, set them, calibrate, count, extract, compile, save."""
+"""Make a trained network run at any width and depth: convert, set them, calibrate, count, search, extract, compile, save."""
 
 from slimkernels.elastic.calibrate import calibrate
 from slimkernels.elastic.checkpoint import load, save
@@ -8,12 +8,16 @@ from slimkernels.elastic.cost import Cost, cost
 from slimkernels.elastic.extract import extract
 from slimkernels.elastic.plan import Plan, Stage, WidthGroup, plan
 from slimkernels.elastic.report import Report, report
+from slimkernels.elastic.result import Candidate, SearchResult
+from slimkernels.elastic.search import search
 from slimkernels.elastic.width import set_width, view, width
 
 __all__ = [
+    "Candidate",
     "Cost",
     "Plan",
     "Report",
+    "SearchResult",
     "Stage",
     "WidthGroup",
     "calibrate",
@@ -25,6 +29,7 @@ __all__ = [
     "plan",
     "report",
     "save",
+    "search",
     "set_width",
     "view",
     "width",

@@ -1,6 +1,6 @@
 """``extract``: a sub-network as a plain network of torch layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,16 +16,40 @@ from slimkernels.elastic.width import view
 from slimkernels.nn._base import SlimModule
 
 
-def extract(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
-    """The sub-network of ``model`` at a width and depth as a network of its own: same class, layers of torch sized to the width,
-    copied weights.
+def extract(
+    model: nn.Module,
+    width: Width | None = None,
+    depth: Depth = None,
+    *,
+    max_params: float | None = None,
+    max_macs: float | None = None,
+    max_latency_ms: float | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    example_inputs: Any = None,
+) -> nn.Module:
+    """A sub-network of ``model`` as a network of its own: same class, layers of torch sized to the width, copied
+    weights.
 
     A network built at that width and depth loads its state_dict: skipped blocks are not there, and the modules of a
     Sequential or ModuleList are numbered anew. Where the forward needs a block's place, an ``nn.Identity`` fills it. The
     model stays as it is.
 
-    Raises: ValueError when the width or depth is not a legal one.
+    Args:
+        width, depth: as in ``set_width``; or, instead of them:
+        max_params, max_macs, max_latency_ms: limits. With ``evaluate`` the uniform sub-network within them that has the
+            best score (see ``search``), without it the one with the most MACs, which need not be the best.
+        example_inputs: what a limit of the latency is measured on.
+
+    Raises: ValueError when the width or depth is not a legal one, a limit is given beside them or is impossible.
     """
+    limits = {"params": max_params, "macs": max_macs, "latency_ms": max_latency_ms}
+    limited = any(limit is not None for limit in limits.values())
+    if limited == (width is not None) or (limited and depth is not None):
+        raise ValueError(
+            "extract: expected either a width (and depth) or limits, got " + ("both" if limited else "none")
+        )
+    if width is None:
+        width, depth = _within(model, limits, evaluate, example_inputs)
     known = plan(model)
     units = known.units("extract", width)
     made = view(model, width, depth)
@@ -55,6 +79,27 @@ def extract(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
     if skipped:
         renumber(made, known.stages.values())
     return made
+
+
+def _within(
+    model: nn.Module,
+    limits: Mapping[str, float | None],
+    evaluate: Callable[[nn.Module], float] | None,
+    example_inputs: Any,
+) -> tuple[Width, Depth]:
+    from slimkernels.elastic.search import largest, search  # search measures what extract gives
+
+    if evaluate is None:
+        return largest(model, limits, example_inputs)
+    best = search(
+        model,
+        evaluate,
+        max_params=limits["params"],
+        max_macs=limits["macs"],
+        max_latency_ms=limits["latency_ms"],
+        example_inputs=example_inputs,
+    ).best
+    return best.width, best.depth
 
 
 def _selected_state(norm: Any) -> dict[str, Tensor | None]:
