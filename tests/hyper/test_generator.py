@@ -60,8 +60,9 @@ def test_functional_call_and_materialize_agree(name, base):
         assert all(torch.equal(named[key], w) for key, w in weights.items())
         assert not any(type(m).__module__.startswith("slimkernels.nn") for m in plain.modules())
         expected = plain(x)
-        torch.testing.assert_close(functional_call(elastic.extract(model, 0.53), weights, (x,)), expected)
         bound = 1e-4 * expected.abs().max().item()
+        skeleton = elastic.extract(model, 0.53)
+        torch.testing.assert_close(functional_call(skeleton, weights, (x,)), expected, rtol=1e-4, atol=bound)
         torch.testing.assert_close(gen.call(x, 0.53, weights), expected, rtol=1e-4, atol=bound)
         with elastic.width(model, 0.53):
             assert not torch.allclose(model(x), expected)
