@@ -158,7 +158,7 @@ def test_latency_keeps_the_number_of_threads():
 
 
 def test_schedule_rises_then_falls():
-    factor = pipeline._schedule(100, 0.1)
+    factor = pipeline.cosine_schedule(100, 0.1)
     values = [factor(step) for step in range(101)]
     assert values[0] == pytest.approx(0.1)
     assert values[10] == pytest.approx(1.0)
