@@ -101,7 +101,7 @@ DIGIT_ARMS = (
 )
 BLOCKS = ("layer3.0", "layer3.1", "layer3.2")
 CIFAR_ARMS = (
-    Arm("slimmable", lr=1e-3),
+    Arm("slimmable", lr=2e-4),
     Arm("residual", "residual", lr=2e-3),
     Arm("neumeta, last block", "neumeta", tensors="layer3.2", lr=2e-3),
     Arm("blockwise, last stage", "blockwise", tensors=BLOCKS, blocks=BLOCKS, lr=2e-3),
@@ -207,7 +207,7 @@ def run(
             )
         seconds = time.perf_counter() - start
         found = {row["width"]: row["accuracy"] for row in trainer.history[-len(recipe.widths) :]}
-        about = {"steps": recipe.steps, "seconds": f"{seconds:.1f}"}
+        about = {"steps": recipe.steps, "seconds": "" if resume else f"{seconds:.1f}"}  # "": part of it ran before
         rows += _rows(recipe, arm.name, found, about, common)
         console.print(_line(arm.name, found, seconds), highlight=False)
         if arm.mode is not None and not kept:
