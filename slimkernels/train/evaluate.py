@@ -44,18 +44,19 @@ class _Mean:
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],
-    widths: Sequence[float | None],
+    widths: Sequence[Any],
     metrics: Mapping[str, Metric] | None = None,
     *,
     amp: str | None = None,
-) -> dict[float | None, dict[str, float]]:
+) -> dict[Any, dict[str, float]]:
     """Every metric at every width, in one pass over the loader, in evaluation mode.
 
     The model's width and every module's mode are the same afterwards. In a process group the sums are over all ranks.
 
     Args:
         loader: gives (inputs, targets).
-        widths: for example ``[1.0, 0.5]``; None stands for the model as it is (it need not be elastic then).
+        widths: for example ``[1.0, 0.5]``, or pairs (width, depth); None stands for the model as it is (it need not
+            be elastic then).
         metrics: name -> function (output, targets) -> values, averaged over all samples, or a torchmetrics object (a
             copy of it per width is updated). None: top-1 accuracy.
 
@@ -75,7 +76,7 @@ def evaluate(
                 if w is None:
                     output = _forward(inner, inputs, amp)
                 else:
-                    with elastic.width(inner, w):
+                    with elastic.width(inner, *(w if isinstance(w, tuple) else (w,))):
                         output = _forward(inner, inputs, amp)
                 for meter in meters[w].values():
                     meter.update(output, targets)

@@ -87,8 +87,9 @@ class Display:
             for row in rows:
                 where = "val" if row["weights"] == "model" else f"val_{row['weights']}"
                 for name, value in row.items():
-                    if name not in ("step", "weights", "width"):
-                        self._writer.add_scalar(f"{where}/{name}/{label(row.get('width'))}", value, step)
+                    if name not in ("step", "weights", "width", "depth"):
+                        subnet = (row["width"], row["depth"]) if "depth" in row else row.get("width")
+                        self._writer.add_scalar(f"{where}/{name}/{label(subnet)}", value, step)
         if self.enabled and rows:
             names = list(rows[0])[1:]
             table = Table(*names, title=f"validation at step {step}")
@@ -105,12 +106,14 @@ class Display:
 
 
 def label(value: Any) -> str:
+    if isinstance(value, tuple):  # (width, depth)
+        return " x ".join(label(part) for part in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def by_width(losses: dict[Any, Tensor], bounds: tuple[float, float] | None) -> dict[str, Tensor]:
-    """Losses of widths by name; with the bounds of a range, the random widths in it, other ones every step, go under
-    `between`."""
+def by_width(losses: dict[Any, Tensor], bounds: tuple[Any, Any] | None) -> dict[str, Tensor]:
+    """Losses of widths, or pairs (width, depth), by name; with bounds (the largest and the smallest one) the
+    random ones between them, others every step, go under `between`."""
     fixed = {label(w): loss for w, loss in losses.items() if bounds is None or w in bounds}
     between = [loss for w, loss in losses.items() if bounds is not None and w not in bounds]
     return {**fixed, "between": torch.stack(between).mean()} if between else fixed

@@ -13,7 +13,7 @@ from slimkernels.train.distill import Distillation, distillation
 from slimkernels.train.evaluate import Metric, evaluate
 from slimkernels.train.loop import Row, Trainer
 from slimkernels.train.progress import by_width
-from slimkernels.train.step import LossFn, accumulate_passes, elastic_widths, make_sampler
+from slimkernels.train.step import LossFn, accumulate_passes, as_pair, elastic_depths, elastic_widths, make_sampler
 from slimkernels.train.widths import WidthSampler, spaced
 
 
@@ -25,8 +25,10 @@ class SlimmableTrainer(Trainer):
         loss_fn: (output, targets) -> scalar.
         train_loader: gives (inputs, targets).
         val_loader: likewise; None: no validation.
-        widths, rule, distill, temperature, distill_weight: see ``sandwich_step``; ``rule`` may be a ``WidthSampler``.
+        widths, depths, rule, distill, temperature, distill_weight: see ``sandwich_step``; ``rule`` may be a ``WidthSampler``.
         eval_widths: the widths of the validation; None: the model's listed ones, or four over its range.
+        eval_depths: the depths of the validation, each at every one of those widths, for a model with elastic depth; None:
+            the smallest and the full one.
         metrics: name -> (output, targets) -> values, or a torchmetrics object; None: top-1 accuracy.
         calibrate: recompute batch-norm statistics of the evaluated widths before each validation. None: when the
             model's norm mode is `universal`.
@@ -46,11 +48,13 @@ class SlimmableTrainer(Trainer):
         train_loader: Iterable[Any],
         val_loader: Iterable[Any] | None = None,
         widths: int | Sequence[float] | None = None,
+        depths: Sequence[float] | None = None,
         rule: str | WidthSampler = "sandwich",
         distill: str | Distillation | None = "kl",
         temperature: float = 1.0,
         distill_weight: float = 1.0,
         eval_widths: Sequence[float] | None = None,
+        eval_depths: Sequence[float] | None = None,
         metrics: Mapping[str, Metric] | None = None,
         calibrate: bool | None = None,
         calibration_loader: Iterable[Any] | None = None,
@@ -60,21 +64,27 @@ class SlimmableTrainer(Trainer):
         super().__init__(model, optimizer, train_loader=train_loader, val_loader=val_loader, **options)
         self.loss_fn, self.metrics = loss_fn, metrics
         self.distill, self.distill_weight = distillation(distill, temperature), distill_weight
+        known = elastic_depths(model)
         if isinstance(rule, WidthSampler):
             self.sampler = rule
         else:
-            self.sampler = make_sampler(model, widths, rule, seed=self.data.seed)
+            depths = known if depths is None else depths
+            self.sampler = make_sampler(model, widths, rule, depths=depths, seed=self.data.seed)
+        if eval_depths is None and known is not None:
+            eval_depths = [known[0], known[-1]]
+        self.eval_depths = None if eval_depths is None else sorted({float(d) for d in eval_depths})
         self.eval_widths = list(eval_widths) if eval_widths is not None else self._default_eval_widths()
         self.calibrate = self._needs_calibration() if calibrate is None else calibrate
         self.calibration_loader = train_loader if calibration_loader is None else calibration_loader
         self.calibration_batches = calibration_batches
         self._check_legal([*self.sampler.widths, *(self.eval_widths if val_loader is not None else [])])
+        self._check_legal([(1.0, d) for d in [*(self.sampler.depths or []), *(self.eval_depths or [])]])
         if self.calibrate and val_loader is not None:
             self._check_calibration_loader()
 
     def training_step(self, batches: list[Any]) -> dict[Any, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        collected: dict[float, list[Tensor]] = {}
+        collected: dict[Any, list[Tensor]] = {}
         for i, batch in enumerate(batches):
             losses = accumulate_passes(
                 self.model,
@@ -94,14 +104,23 @@ class SlimmableTrainer(Trainer):
         return {w: found[0] if len(found) == 1 else torch.stack(found).mean() for w, found in collected.items()}
 
     def named_losses(self, losses: dict[Any, Tensor]) -> dict[str, Tensor]:
-        return by_width(losses, self.sampler.range)
+        varies = self.sampler.range is not None or self.sampler.depths is not None
+        return by_width(losses, self.sampler.ends if varies else None)
 
     def validate(self, model: nn.Module) -> list[Row]:
-        if self.calibrate:
-            self._calibrate(model)
         assert self.val_loader is not None
-        found = evaluate(model, self.val_loader, self.eval_widths, self.metrics, amp=self.amp)
-        return [{"width": w, **metrics} for w, metrics in found.items()]
+        if self.eval_depths is None:
+            if self.calibrate:
+                self._calibrate(model)
+            found = evaluate(model, self.val_loader, self.eval_widths, self.metrics, amp=self.amp)
+            return [{"width": w, **metrics} for w, metrics in found.items()]
+        rows: list[Row] = []
+        for depth in self.eval_depths:  # the deepest last: its batch-norm statistics are those that stay
+            if self.calibrate:
+                self._calibrate(model, depth)
+            found = evaluate(model, self.val_loader, [(w, depth) for w in self.eval_widths], self.metrics, amp=self.amp)
+            rows = [{"width": w, "depth": d, **metrics} for (w, d), metrics in found.items()] + rows
+        return rows
 
     def extra_state(self) -> dict[str, Any]:
         return {"sampler": self.sampler.state_dict()}
@@ -112,12 +131,12 @@ class SlimmableTrainer(Trainer):
     def loaders(self) -> list[Any]:
         return [*super().loaders(), self.calibration_loader]
 
-    def _calibrate(self, model: nn.Module) -> None:
+    def _calibrate(self, model: nn.Module, depth: float | None = None) -> None:
         from slimkernels import elastic
 
         batches = itertools.islice(self.calibration_loader, self.calibration_batches)
         with autocast(model, self.amp):
-            elastic.calibrate(model, batches, self.eval_widths)
+            elastic.calibrate(model, batches, self.eval_widths, depth=depth)
         if (
             self.world_size > 1
         ):  # each rank saw its own data: rank 0's statistics stand for all, as they do in a checkpoint
@@ -135,12 +154,13 @@ class SlimmableTrainer(Trainer):
         has_statistics = any(hasattr(module, "start_calibration") for module in inner.modules())
         return has_statistics and elastic.plan(inner).norm == "universal"
 
-    def _check_legal(self, widths: Sequence[float]) -> None:
-        """Raises what ``elastic.width`` raises for a width that the model does not take: now and not after an epoch."""
+    def _check_legal(self, widths: Sequence[Any]) -> None:
+        """Raises what ``elastic.width`` raises for a width or pair (width, depth) that the model does not take:
+        now and not after an epoch."""
         from slimkernels import elastic
 
         for w in widths:
-            with elastic.width(unwrap(self.model), w):
+            with elastic.width(unwrap(self.model), *as_pair(w)):
                 pass
 
     def _check_calibration_loader(self) -> None:

@@ -22,6 +22,7 @@ def sandwich_step(
     optimizer: torch.optim.Optimizer | None,
     *,
     widths: int | Sequence[float] | None = None,
+    depths: Sequence[float] | None = None,
     distill: str | Distillation | None = "kl",
     rule: str | WidthSampler = "sandwich",
     generator: torch.Generator | None = None,
@@ -30,7 +31,7 @@ def sandwich_step(
     amp: str | None = None,
     scaler: torch.amp.GradScaler | None = None,
     clip_grad: float | None = None,
-) -> dict[float, Tensor]:
+) -> dict[Any, Tensor]:
     """Trains several widths of an elastic model on one batch: their gradients are summed, then the optimizer steps
     once.
 
@@ -51,9 +52,11 @@ def sandwich_step(
             those there.
         widths: how many widths the rule draws from the model's own (None: 4, or 1 for `random`), or a list: exactly
             these (for `random`: one of these; for `alternate`: one after another).
+        depths: ratios of the depth that the rule draws from, for a model that was converted with ``depth=True``; None:
+            every number of blocks. The rule then draws pairs (width, depth).
         distill: `kl`, `ce`, `alpha`, a function (student output, teacher output) -> scalar, or None.
-        rule: `sandwich`, `all`, `random` or `alternate` (see ``WidthSampler``), or a ``WidthSampler`` of your own,
-            which then decides the widths.
+        rule: `sandwich`, `all`, `random` or `alternate`, or a ``WidthSampler`` of your own, which then decides the
+            widths and depths (`progressive` needs its schedule).
         generator: the CPU generator that random widths are drawn from. None: one that is seeded with 0 and kept for
             this model, so that every rank draws the same.
         temperature: of the named distillation losses.
@@ -62,13 +65,14 @@ def sandwich_step(
         scaler: a gradient scaler for fp16; the losses are scaled by it and the optimizer steps through it.
         clip_grad: largest norm of all gradients together, clipped before the optimizer steps.
 
-    Returns: each width's loss, detached, in the order in which they ran.
+    Returns: each width's loss, detached, in the order in which they ran; by (width, depth) where the model's depth is
+        elastic.
     Raises: ValueError when the batch is no pair, a width is not in (0, 1] or an argument's name is unknown; TypeError
         when
         distillation is asked by name and the outputs are not tensors.
     Source: Yu and Huang, Universally Slimmable Networks (arXiv 1903.05134), section 3.
     """
-    sampler = _sampler(model, widths, rule, generator)
+    sampler = _sampler(model, widths, depths, rule, generator)
     if optimizer is None and clip_grad is not None:
         raise ValueError("sandwich_step: expected optimizer when clip_grad is given, got None")
     if optimizer is not None:
@@ -92,7 +96,7 @@ def accumulate_passes(
     model: nn.Module,
     batch: tuple[Any, Any],
     loss_fn: LossFn,
-    widths: Sequence[float],
+    widths: Sequence[Any],
     *,
     distill: Distillation | None = None,
     distill_weight: float = 1.0,
@@ -100,9 +104,9 @@ def accumulate_passes(
     scaler: torch.amp.GradScaler | None = None,
     scale: float = 1.0,
     reduce: bool = True,
-) -> dict[float, Tensor]:
-    """Forward and backward of every width in turn; the gradients add up in ``.grad``, reduced over ranks in the last
-    pass.
+) -> dict[Any, Tensor]:
+    """Forward and backward of every width, or pair (width, depth), in turn; the gradients add up in ``.grad``, reduced
+    over ranks in the last pass.
 
     With ``distill`` the first width is the teacher. ``scale`` multiplies the gradients; ``reduce=False`` leaves them to this
     rank, for all but the last of several batches whose gradients add up.
@@ -116,11 +120,11 @@ def accumulate_passes(
 
     inner = unwrap(model)
     inputs, targets = split_batch(batch)
-    losses: dict[float, Tensor] = {}
+    losses: dict[Any, Tensor] = {}
     teacher: Any = None
     for i, w in enumerate(widths):
         last = i == len(widths) - 1
-        with elastic.width(inner, w), nullcontext() if last and reduce else without_reduction(model):
+        with elastic.width(inner, *as_pair(w)), nullcontext() if last and reduce else without_reduction(model):
             with autocast(inner, amp):
                 output = call(model, inputs)
                 if distill is None or i == 0:
@@ -138,6 +142,11 @@ def accumulate_passes(
             (loss if scaler is None else scaler.scale(loss)).backward()
         del loss  # with it the graph: nothing of this pass is alive when the next one begins
     return losses
+
+
+def as_pair(subnet: Any) -> tuple:
+    """The arguments of ``elastic.width`` for a width or a pair (width, depth)."""
+    return subnet if isinstance(subnet, tuple) else (subnet,)
 
 
 def optimizer_step(
@@ -176,15 +185,21 @@ _draws: weakref.WeakKeyDictionary[nn.Module, _Draws] = weakref.WeakKeyDictionary
 
 
 def _sampler(
-    model: nn.Module, widths: int | Sequence[float] | None, rule: str | WidthSampler, generator: torch.Generator | None
+    model: nn.Module,
+    widths: int | Sequence[float] | None,
+    depths: Sequence[float] | None,
+    rule: str | WidthSampler,
+    generator: torch.Generator | None,
 ) -> WidthSampler:
     if isinstance(rule, WidthSampler):
-        if widths is not None or generator is not None:
-            raise ValueError("sandwich_step: expected no widths and no generator beside a WidthSampler, got one")
+        if widths is not None or depths is not None or generator is not None:
+            raise ValueError("sandwich_step: expected no widths, depths or generator beside a WidthSampler, got one")
         return rule
     inner = unwrap(model)
     draws = _draws.setdefault(inner, _Draws())
-    sampler = make_sampler(inner, widths, rule, generator=draws.generator if generator is None else generator)
+    depths = elastic_depths(inner) if depths is None else depths
+    generator = draws.generator if generator is None else generator
+    sampler = make_sampler(inner, widths, rule, depths=depths, generator=generator)
     sampler.steps = draws.steps
     draws.steps += 1
     return sampler
@@ -195,15 +210,25 @@ def make_sampler(
     widths: int | Sequence[float] | None = None,
     rule: str = "sandwich",
     *,
+    depths: Sequence[float] | None = None,
     seed: int = 0,
     generator: torch.Generator | None = None,
 ) -> WidthSampler:
     """The sampler for an elastic model: ``widths`` is how many to draw from its own, or a list of those to run."""
     if widths is None or isinstance(widths, int):
-        return WidthSampler(elastic_widths(model), rule, widths, seed=seed, generator=generator)
+        return WidthSampler(elastic_widths(model), rule, widths, depths=depths, seed=seed, generator=generator)
     listed = check_widths("sandwich_step", list(widths))
     count = len(listed) if rule == "sandwich" else None
-    return WidthSampler(listed, rule, count, seed=seed, generator=generator)
+    return WidthSampler(listed, rule, count, depths=depths, seed=seed, generator=generator)
+
+
+def elastic_depths(model: nn.Module) -> list[float] | None:
+    """Every depth of an elastic model's longest stage, as ratios; None when its depth is not elastic."""
+    from slimkernels import elastic
+
+    stages = elastic.plan(unwrap(model)).stages
+    most = max((len(stage.blocks) for stage in stages.values()), default=0)
+    return [k / most for k in range(1, most + 1)] if stages else None
 
 
 def elastic_widths(model: nn.Module) -> tuple[float, float] | list[float]:

@@ -58,7 +58,7 @@ def width(model: nn.Module, w: float):
 
 
 def plan(model: nn.Module):
-    return SimpleNamespace(widths=(0.25, 1.0), listed=False, norm="shared")
+    return SimpleNamespace(widths=(0.25, 1.0), listed=False, norm="shared", stages={})
 
 
 def install() -> None:

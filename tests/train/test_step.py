@@ -233,7 +233,7 @@ def test_works_on_a_compiled_model():
         (
             {"rule": WidthSampler([1.0], "all"), "widths": 3},
             ValueError,
-            "no widths and no generator beside a WidthSampler",
+            "no widths, depths or generator beside a WidthSampler",
         ),
     ],
 )

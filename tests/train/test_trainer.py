@@ -235,7 +235,7 @@ def test_metric_objects_are_copied_per_width():
 def test_calibration_runs_before_validation_for_model_and_ema(monkeypatch):
     calls = []
 
-    def calibrate(model, batches, widths):
+    def calibrate(model, batches, widths, depth=None):
         calls.append((model, [tuple(x.shape) for x, _ in batches], list(widths)))
 
     monkeypatch.setattr(elastic, "calibrate", calibrate, raising=False)
