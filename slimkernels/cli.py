@@ -180,6 +180,34 @@ def hypernet(
     run_recipe(build, out, resume, seed, threads, hyper.run)
 
 
+@train_app.command()
+def enhance(
+    out: Out = Path("runs/enhance"),
+    resume: Resume = False,
+    speech: Annotated[Path, typer.Option(help="Folder with the Asterisk speech prompts (g722).")] = Path(
+        "/usr/share/asterisk/sounds"
+    ),
+    noise: Annotated[Path, typer.Option(help="Folder with noises and music (flac).")] = Path(
+        "/usr/share/sonic-pi/samples"
+    ),
+    steps: Steps = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Mixtures a step.")] = 8,
+    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate of the cosine schedule.")] = 1e-3,
+    distill: Annotated[float, typer.Option(min=0, help="Weight of distillation from the published network.")] = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+) -> None:
+    """Make the pre-trained speech enhancer NSNet2 slimmable on real speech, and compare widths in one table."""
+    from slimkernels.recipes import enhance as recipe
+
+    settings = recipe.Settings(steps=steps, batch_size=batch_size, lr=lr, distill=distill, seed=seed)
+
+    def run(settings: Any, out: Path, *, seed: int, **options: Any) -> None:
+        recipe.run(out, settings, speech=speech, noise=noise, **options)
+
+    run_recipe(lambda: settings, out, resume, seed, threads, run)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

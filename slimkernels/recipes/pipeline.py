@@ -68,7 +68,7 @@ def run(
     Raises: Stopped when Ctrl-C ended the training; DataError, CheckpointError, TrainingError with one sentence each.
     """
     console = Console() if console is None else console
-    out = _folder(Path(out), resume)
+    out = folder_for(Path(out), resume, ("elastic.safetensors", "table.csv", "plot.png", "subnetwork-*.pt"))
     torch.manual_seed(seed)
     widths = sorted(recipe.widths, reverse=True)
     test = InOrder(recipe.data.test_x, recipe.data.test_y)
@@ -209,13 +209,12 @@ def writing(path: Path):
         aside.unlink(missing_ok=True)
 
 
-def _folder(out: Path, resume: bool) -> Path:
+def folder_for(out: Path, resume: bool, written: Sequence[str]) -> Path:
+    """The folder, made where it is missing; without what an earlier run wrote (globs) unless that is resumed."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for name in ("elastic.safetensors", "table.csv", "plot.png"):
-                (out / name).unlink(missing_ok=True)
-            for old in out.glob("subnetwork-*.pt"):
+            for old in [path for pattern in written for path in out.glob(pattern)]:
                 old.unlink()
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
     except OSError as error:
