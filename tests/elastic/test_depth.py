@@ -80,6 +80,21 @@ def test_stages_are_found_and_every_depth_is_the_extracted_network(name):
 
 
 @torch.no_grad()
+def test_band_split_rnn():
+    torch.manual_seed(0)
+    net = models.bsrnn.BSRNN(features=16, hidden=16, layers=3, bands=[4, 4, 8], channels=1).eval()
+    x = torch.randn(1, 5, 32)
+    model = elastic.convert(net, x, depth=True)
+    assert list(elastic.plan(model).stages) == ["blocks"]
+    for depth in (1.0, {"blocks": 1}):
+        with elastic.width(model, 0.5, depth=depth):
+            y = model(x)
+        sub = elastic.extract(model, 0.5, depth)
+        assert error(sub(x), y) < 1e-5
+        assert sum(p.numel() for p in sub.parameters()) == elastic.cost(model, 0.5, depth).params
+
+
+@torch.no_grad()
 def test_a_skipped_block_runs_nothing(resnet):
     _, model, x = resnet
     block = model.layer2[1]
