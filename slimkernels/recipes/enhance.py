@@ -187,7 +187,7 @@ def run(
     loss = functools.partial(loss_fn, distill=settings.distill)
     model = elastic.convert(
         copy.deepcopy(teacher).requires_grad_(True),
-        log_power(spectrum_of(noisy[:1, :SAMPLE_RATE])),
+        test[0][0][:1, : SAMPLE_RATE // HOP],  # one second: what the MACs are counted for
         widths=(min(widths), 1.0),
         sort="taylor",
         batches=SpectrumBatches(training, settings.batch_size, settings.seconds, 4, teacher),
