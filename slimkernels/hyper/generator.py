@@ -23,7 +23,8 @@ class WeightGenerator(nn.Module):
 
     With ``base="residual"`` a generated tensor is the leading slice of the target's own weight plus the output of its
     network, which starts at zero: every width starts as the sliced pre-trained network. Without base the scale of each
-    tensor's output is learned and starts where the generated tensor is as large as the target's.
+    tensor's output is learned and starts where the generated tensor is as large as the target's (with base: where an
+    output of one is).
 
     The target is copied, and none of its parameters is trained (see ``train_extras``). Weights are returned with their
     gradient and never written into the target.
@@ -101,9 +102,11 @@ class WeightGenerator(nn.Module):
             members = [t for t in self.targets if block is None or _fits(t.name, block)]
             self.networks.append(InrNetworks(members, first=first, **options))
             first += len(members)
-        if base is None:
-            for networks in self._parts():
+        for networks in self._parts():
+            if base is None:
                 networks.match(full, self.originals())
+            else:
+                networks.scale_to(full, self.originals())
 
     def forward(
         self,

@@ -88,6 +88,14 @@ class InrNetworks(nn.Module):
         return {t.name: w.reshape(t.shape_at(units)).to(dtype) for t, w, dtype in triples}
 
     @torch.no_grad()
+    def scale_to(self, units: Mapping[str, int], originals: Mapping[str, Tensor]) -> None:
+        """Let an output of one stand for a change as large as the original's root mean square, in every tensor: one
+        learning rate then fits matrices, whose outputs are divided by their inputs, and biases."""
+        for i, target in enumerate(self.targets):
+            size = originals[target.name].float().square().mean().sqrt() * target.active(units)[1]
+            self.scale[i] = size.clamp(1e-3, 1e3)
+
+    @torch.no_grad()
     def match(self, units: Mapping[str, int], originals: Mapping[str, Tensor]) -> None:
         """Start every tensor with mean 0 and as large as the original at full width, by its scale and its network's
         last bias (a bias that all tensors share stays). A layer's bias starts small."""

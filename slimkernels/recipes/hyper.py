@@ -50,6 +50,7 @@ class Arm:
     tensors: str | Sequence[str] = "*"
     noise: str = "axis"
     blocks: Sequence[str] | None = None
+    slims: Sequence[str] = ()  # blocks whose channels shrink; none given: all of them
     lr: float = 5e-3
     matched: bool = False  # generated layers start with outputs as large as the target's
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Recipe:
     unseen: Sequence[float] = UNSEEN
     augmented: bool = False
     flip: bool = False
+    blocks: Sequence[str] = ()  # that ``Arm.slims`` may name
     widths_a_step: int = 3
     eval_samples: int = 1
     amp: str | None = None
@@ -94,17 +96,21 @@ class Recipe:
 SCRATCH: Mapping[str, Any] = {"rule": "sandwich", "reconstruction": 0.0, "weight_norm": 0.0, "clip_grad": 1.0}
 DIGIT_ARMS = (
     Arm("slimmable", lr=1.5e-3),
-    Arm("residual, axis noise", "residual"),
-    Arm("residual, element noise", "residual", noise="element"),
+    Arm("residual, axis noise", "residual", lr=2e-3),
+    Arm("residual, element noise", "residual", noise="element", lr=2e-3),
     Arm("scratch, axis noise", "neumeta", lr=1e-3, matched=True, trainer=SCRATCH),
     Arm("scratch, element noise", "neumeta", noise="element", lr=1e-3, matched=True, trainer=SCRATCH),
 )
-BLOCKS = ("layer3.0", "layer3.1", "layer3.2")
+BLOCKS = tuple(f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3))
+LAST = BLOCKS[-1:]
+STAGE = BLOCKS[-3:]
 CIFAR_ARMS = (
     Arm("slimmable", lr=2e-4),
-    Arm("residual", "residual", lr=2e-3),
-    Arm("neumeta, last block", "neumeta", tensors="layer3.2", lr=2e-3),
-    Arm("blockwise, last stage", "blockwise", tensors=BLOCKS, blocks=BLOCKS, lr=2e-3),
+    Arm("residual", "residual", lr=5e-4),
+    Arm("last block: slimmable", slims=LAST, lr=2e-4),
+    Arm("last block: neumeta", "neumeta", LAST, slims=LAST, lr=5e-4),
+    Arm("last stage: slimmable", slims=STAGE, lr=2e-4),
+    Arm("last stage: blockwise", "blockwise", STAGE, blocks=STAGE, slims=STAGE, lr=5e-4),
 )
 
 
@@ -163,6 +169,7 @@ def cifar_recipe(
         batch_size=batch_size,
         augmented=True,
         flip=True,
+        blocks=BLOCKS,
         amp=amp,
     )
 
@@ -187,17 +194,23 @@ def run(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     test = InOrder(recipe.data.test_x, recipe.data.test_y)
-    model = elastic.convert(recipe.network, prepared(recipe.data.test_x[:1]), **recipe.convert)
     console.print(f"[bold]{recipe.name}[/bold], {recipe.data.name}", highlight=False)
     common = {"seed": seed, "command": command}
-    rows = _rows(recipe, "sliced", accuracies(model, test, recipe.widths), {"steps": 0, "seconds": "0.0"}, common)
+    rows: list[results.Row] = []
+    models: dict[tuple[str, ...], nn.Module] = {}
     kept = False
     for arm in recipe.arms:
+        slims = tuple(arm.slims)
+        if slims not in models:
+            models[slims] = converted(recipe, slims)
+            name = arm.name.rpartition(": ")[0] + ": sliced" if slims else "sliced"
+            about = {"steps": 0, "seconds": "0.0"}
+            rows += _rows(recipe, name, accuracies(models[slims], test, recipe.widths), about, common)
         folder = out / arm.folder
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
         torch.manual_seed(seed)
-        trainer = make_trainer(recipe, arm, model, folder, seed, console, checkpoint_every)
+        trainer = make_trainer(recipe, arm, models[slims], folder, seed, console, checkpoint_every)
         start = time.perf_counter()
         trainer.fit(steps=recipe.steps, resume=resume)
         if trainer.stopped:
@@ -222,6 +235,14 @@ def run(
         console.print(note, highlight=False)
     console.print(f"written to {out}: table.csv, plot.svg", highlight=False)
     return rows
+
+
+def converted(recipe: Recipe, slims: Sequence[str] = ()) -> nn.Module:
+    """The elastic network; with ``slims`` only the channels of those blocks shrink."""
+    options = dict(recipe.convert)
+    if slims:
+        options["ignore"] = [*options.get("ignore", ()), *(b for b in recipe.blocks if b not in slims)]
+    return elastic.convert(recipe.network, prepared(recipe.data.test_x[:1]), **options)
 
 
 def make_trainer(
@@ -282,7 +303,10 @@ def _rows(
     found = []
     for w in recipe.widths:
         row: results.Row = {"network": recipe.name, "data": recipe.data.name, "arm": arm, "width": f"{w:g}"}
-        row |= {"trained": "no" if w in recipe.unseen or arm == "sliced" else "yes", "accuracy": f"{accuracy[w]:.4f}"}
+        row |= {
+            "trained": "no" if w in recipe.unseen or arm.endswith("sliced") else "yes",
+            "accuracy": f"{accuracy[w]:.4f}",
+        }
         row |= {**about, "batch_size": recipe.batch_size, "widths_a_step": recipe.widths_a_step}
         row |= {"train_images": len(recipe.data.train_x), "test_images": len(recipe.data.test_x)}
         row |= {"threads": torch.get_num_threads(), "cpu": results.cpu_name()}
@@ -315,7 +339,7 @@ def table(rows: Sequence[results.Row], title: str) -> Table:
         cells = [row["width"]]
         for found in arms.values():
             mine = next(r for r in found if r["width"] == row["width"])
-            star = "*" if mine["trained"] == "no" and mine["arm"] != "sliced" else ""
+            star = "*" if mine["trained"] == "no" and not mine["arm"].endswith("sliced") else ""
             cells.append(f"{100 * float(mine['accuracy']):.1f}{star}")
         drawn.add_row(*cells)
     return drawn
@@ -330,7 +354,7 @@ def verdicts(rows: Sequence[results.Row]) -> list[str]:
         gaps = [
             (accuracy[i - 1] + accuracy[i + 1]) / 2 - accuracy[i]
             for i, row in enumerate(found)
-            if arm != "sliced" and row["trained"] == "no" and 0 < i < len(found) - 1
+            if not arm.endswith("sliced") and row["trained"] == "no" and 0 < i < len(found) - 1
         ]
         worst = f", unseen widths at most {max(gaps):.1f} points below the mean of their neighbours" if gaps else ""
         lines.append(f"{arm}: mean {sum(accuracy) / len(accuracy):.1f}, lowest {min(accuracy):.1f}{worst}")
@@ -352,10 +376,10 @@ def plot(rows: Sequence[results.Row], path: Path, title: str) -> None:
     axes = figure.subplots()
     for arm, found in by_arm(rows).items():
         widths, accuracy = ([float(row[key]) for row in found] for key in ("width", "accuracy"))
-        style = {"linestyle": "--", "color": "0.6"} if arm == "sliced" else {"marker": "o", "markersize": 4}
+        style = {"linestyle": "--", "color": "0.6"} if arm.endswith("sliced") else {"marker": "o", "markersize": 4}
         (line,) = axes.plot(widths, accuracy, label=arm, linewidth=1.5, **style)
         unseen = [(w, a) for w, a, row in zip(widths, accuracy, found, strict=True) if row["trained"] == "no"]
-        if arm != "sliced":
+        if not arm.endswith("sliced"):
             axes.plot(*zip(*unseen, strict=True), "o", color=line.get_color(), fillstyle="none", markersize=10)
     axes.set_xlabel("width (rings: never trained)")
     axes.set_ylabel("test accuracy")

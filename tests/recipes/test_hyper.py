@@ -45,7 +45,7 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     arms = ["residual, element"]
     expected = hyper.run(digit_recipe(4, arms), tmp_path / "whole", **QUIET)
     recipe = digit_recipe(4, arms)
-    model = hyper.elastic.convert(recipe.network, recipe.data.test_x[:1], **recipe.convert)
+    model = hyper.converted(recipe)
     torch.manual_seed(0)
     folder = tmp_path / "parts" / recipe.arms[0].folder
     hyper.make_trainer(recipe, recipe.arms[0], model, folder, 0, QUIET["console"], 2).fit(steps=2)
@@ -63,7 +63,14 @@ def test_every_cifar_arm_runs(tmp_path, monkeypatch):
     recipe.widths, recipe.unseen = (1.0, 0.5, 0.25), (0.5,)
     recipe.generator = {"hidden": 8, "layers": 2, "bands": 2}
     rows = hyper.run(recipe, tmp_path / "out", **QUIET)
-    assert len(rows) == 3 * (1 + len(hyper.CIFAR_ARMS))
+    assert len(rows) == 3 * (3 + len(hyper.CIFAR_ARMS))
+    assert [row["arm"] for row in rows[::3]][3:6] == [
+        "last block: sliced",
+        "last block: slimmable",
+        "last block: neumeta",
+    ]
+    last = hyper.elastic.plan(hyper.converted(recipe, hyper.LAST))
+    assert list(last.groups) == ["layer3.2.conv1"]
 
 
 def test_errors(tmp_path):

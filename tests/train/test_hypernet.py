@@ -125,14 +125,15 @@ def test_residual_training_lifts_seen_and_unseen_widths():
         widths=None,
         rule=WidthSampler([w for w in widths if w != 0.75], "sandwich", 3),
     )
-    t.fit(steps=80)
+    t.fit(steps=120)
     rows = t.history[-7:]
     assert [row["width"] for row in rows] == widths
     assert [row["seen"] for row in rows] == [w != 0.75 for w in widths]
     after = [row["accuracy"] for row in rows]
     assert after == pytest.approx(accuracies(gen.eval(), widths))
     assert min(before) < 0.6
-    assert min(after) > 0.85, (before, after)
+    assert min(after[:-1]) > 0.9, (before, after)  # the last has four channels
+    assert after[-1] > before[-1] + 0.1, (before, after)
 
 
 def test_neumeta_reconstructs_the_trained_network():
