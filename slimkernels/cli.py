@@ -1,6 +1,7 @@
 """The commands a person types: ``slimkernels info | demo | train | bench``."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def run_recipe(
 
 def command_line() -> str:
     """How this run was started, with bare names for paths: they say what was given, not where it lies."""
-    return " ".join(["slimkernels", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
+    return shlex.join(["slimkernels", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
 
 
 Out = Annotated[Path, typer.Option(help="Folder for checkpoints, table, plot and sub-network.")]
