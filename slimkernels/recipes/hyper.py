@@ -66,7 +66,8 @@ class Arm:
 
 @dataclass
 class Recipe:
-    """A network, its data and the arms that are compared: every arm runs the same steps, batches and widths."""
+    """A network, its data and the arms that are compared: every arm runs the same steps and batches, and the same widths
+    but for arms that draw one a step."""
 
     name: str
     network: nn.Module
@@ -204,7 +205,7 @@ def run(
         if slims not in models:
             models[slims] = converted(recipe, slims)
             name = arm.name.rpartition(": ")[0] + ": sliced" if slims else "sliced"
-            about = {"steps": 0, "seconds": "0.0"}
+            about: dict[str, Any] = {"steps": 0, "seconds": "0.0", "widths_a_step": 0}
             rows += _rows(recipe, name, accuracies(models[slims], test, recipe.widths), about, common)
         folder = out / arm.folder
         if not resume:
@@ -221,6 +222,7 @@ def run(
         seconds = time.perf_counter() - start
         found = {row["width"]: row["accuracy"] for row in trainer.history[-len(recipe.widths) :]}
         about = {"steps": recipe.steps, "seconds": "" if resume else f"{seconds:.1f}"}  # "": part of it ran before
+        about["widths_a_step"] = trainer.sampler.count
         rows += _rows(recipe, arm.name, found, about, common)
         console.print(_line(arm.name, found, seconds), highlight=False)
         if arm.mode is not None and not kept:
@@ -253,7 +255,7 @@ def make_trainer(
     seed: int,
     console: Console,
     checkpoint_every: int,
-) -> train.Trainer:
+) -> train.SlimmableTrainer | train.HypernetTrainer:
     """All arms: the same batches, widths, schedule and number of steps; AdamW."""
     rule = arm.trainer.get("rule", MODES[arm.mode]["rule"] if arm.mode else "sandwich")
     sampler = train.WidthSampler(recipe.trained, rule, recipe.widths_a_step if rule == "sandwich" else 1, seed=seed)
@@ -307,7 +309,7 @@ def _rows(
             "trained": "no" if w in recipe.unseen or arm.endswith("sliced") else "yes",
             "accuracy": f"{accuracy[w]:.4f}",
         }
-        row |= {**about, "batch_size": recipe.batch_size, "widths_a_step": recipe.widths_a_step}
+        row |= {**about, "batch_size": recipe.batch_size}
         row |= {"train_images": len(recipe.data.train_x), "test_images": len(recipe.data.test_x)}
         row |= {"threads": torch.get_num_threads(), "cpu": results.cpu_name()}
         row |= {"isa": cpp_info().get("isa", "PyTorch reference"), "torch": torch.__version__}
