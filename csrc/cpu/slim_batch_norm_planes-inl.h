@@ -1,20 +1,32 @@
-// Each channel on its own: its statistics, then its output, while what fits of it is in the cache.
+// Planes. With batch statistics a channel at a time: its statistics, then its output, while what fits of it is in the cache. With
+// given statistics in the order of memory, which is several times faster where planes are short.
+
+inline Affine<Splat> plane_affine(const auto& call, int64_t c) {
+  return {{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}, call.activation};
+}
 
 template <typename T>
 void forward_planes(const ForwardCall<T>& call) {
   const auto [rows, samples, channels, length] = call.layout;
   switch_kind(call.activation, [&, samples = samples, channels = channels, length = length]<Kind kind>() {
+    const auto plane = [&](int64_t n, int64_t c, const Affine<Splat>& a) {
+      normalize<kind>(call.x.plane(n, c), call.residual.plane(n, c), call.y.plane(n, c), length, a);
+    };
+    if (!call.training) {
+      std::vector<Affine<Splat>> affine;
+      for (int64_t c = 0; c < channels; ++c) affine.push_back(plane_affine(call, c));
+      at::parallel_for(0, samples * channels, std::max<int64_t>(1, 32768 / length), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) plane(i / channels, i % channels, affine[i % channels]);
+      });
+      return;
+    }
     at::parallel_for(0, channels, std::max<int64_t>(1, 32768 / (samples * length)), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
-        if (call.training) {
-          const Moments moments = plane_moments(call.x.plane(0, c), samples, call.x.outer, length);
-          call.mean[c] = static_cast<float>(moments.mean);
-          call.var[c] = static_cast<float>(moments.m2 / moments.count);
-        }
-        const Affine<Splat> a{{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}, call.activation};
-        for (int64_t n = 0; n < samples; ++n) {
-          normalize<kind>(call.x.plane(n, c), call.residual.plane(n, c), call.y.plane(n, c), length, a);
-        }
+        const Moments moments = plane_moments(call.x.plane(0, c), samples, call.x.outer, length);
+        call.mean[c] = static_cast<float>(moments.mean);
+        call.var[c] = static_cast<float>(moments.m2 / moments.count);
+        const Affine<Splat> a = plane_affine(call, c);
+        for (int64_t n = 0; n < samples; ++n) plane(n, c, a);
       }
     });
   });
