@@ -30,7 +30,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
     text = (
         f"{first['network']} on {first['data']}: {int(first['train_images']):,} images to train on,"
         f" {int(first['test_images']):,} to test, {first['steps']} steps of {first['batch_size']}, one seed."
-        " Latency in ms, medians of one interleaved run on one thread"
+        " Latency in ms (channels-last), medians of one interleaved run on one thread"
         f" ({first['cpu']}, {first['isa']}, load average {first['load']}):"
         " our elastic model, the usual slicing code, and a plain PyTorch network built at that width, all three computing"
         " the same."

@@ -86,9 +86,7 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 def table(rows: Sequence[Row], recipe: "Recipe") -> Table:
     """The rows as a person reads them: accuracies in percent, median latencies. Fits 80 columns."""
-    title = (
-        f"{recipe.name} on {recipe.data.name}\naccuracy in %; latency in ms: medians of one interleaved run, one thread"
-    )
+    title = f"{recipe.name} on {recipe.data.name}\naccuracy in %; latency in ms: medians of one interleaved run, channels-last"
     drawn = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     batches = list(recipe.latency_batches)
     heads = ["width", "params", "MACs", "before", "after"]
