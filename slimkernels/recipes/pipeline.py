@@ -175,9 +175,9 @@ def contestants(
 
     All of them run channels-last, the faster layout for each of the three on a CPU.
     """
-    layout = torch.channels_last
-    inputs = {n: prepared(recipe.data.test_x[:n]).contiguous(memory_format=layout) for n in recipe.latency_batches}
-    model = copy.deepcopy(model).eval().to(memory_format=layout)
+    images = {n: prepared(recipe.data.test_x[:n]) for n in recipe.latency_batches}
+    inputs = {n: x.contiguous(memory_format=torch.channels_last) for n, x in images.items()}
+    model = channels_last(copy.deepcopy(model).eval())
     full = elastic.extract(model, 1.0).eval()
     networks: dict[float, dict[str, nn.Module]] = {}
     for w in widths:
@@ -187,9 +187,15 @@ def contestants(
         view = elastic.view(model, w).eval()
         networks[w] = {"slimkernels": view, "slicing": latency.slicing_network(full, extracted), "plain": plain}
         for network in (networks[w]["slicing"], plain):
-            network.to(memory_format=layout)
+            channels_last(network)
         latency.check_same(networks[w], next(iter(inputs.values())))
     return networks, inputs
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """``network`` itself, its 4-dimensional weights stored channels-last."""
+    to: Any = network.to  # torch's annotations leave memory_format out
+    return to(memory_format=torch.channels_last)
 
 
 def save_subnetwork(recipe: Recipe, plain: nn.Module, out: Path, test: InOrder, expected: float) -> Path:
