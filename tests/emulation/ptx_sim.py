@@ -1,0 +1,400 @@
+"""Rung T3's engine: the PTX that Triton or nvcc made, executed on the CPU with numpy.
+
+One block at a time. ``order`` says how its threads take turns: "together" (all threads at the lowest instruction), "ahead"
+(one warp at a time, as far as it gets, the first warp first) or "behind" (the last warp first): a missing barrier shows
+in one of the last two. What is watched:
+
+- global accesses: inside what the launch was given, aligned; shared accesses: inside what the kernel declared;
+- shared memory starts as NaN; what cp.async copies is NaN until its warp waited for it, what wgmma adds up likewise;
+- barriers: every thread of the block at the same one; shuffles read active lanes only;
+- an unknown instruction is an error.
+
+Not the hardware's: the last bits of ex2, lg2, rcp, sin and cos (numpy's) and of sums in the tensor cores. Not covered: TMA,
+mbarrier, tcgen05, clusters.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.emulation import ptx_arith, ptx_matrix
+from tests.emulation.ptx_memory import POISON, AsyncCopies, DeviceMemory, SharedMemory
+from tests.emulation.ptx_parse import TYPES, Instruction, Kernel, PTXError, immediate, parse, vector
+
+ORDERS = ("together", "ahead", "behind")
+SPACES = ("shared", "local", "global", "const")
+NOTHING = ("membar", "fence", "nanosleep", "griddepcontrol", "discard", "prefetch", "createpolicy", "setmaxnreg")
+
+
+class Machine:
+    """Runs the blocks of one launch. ``arguments``: a number a parameter, or the bytes of a structure."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        arguments: Sequence[Any],
+        memory: DeviceMemory,
+        block: tuple[int, int, int],
+        grid: tuple[int, int, int],
+        dynamic_shared: int = 0,
+        order: str = "together",
+    ):
+        if order not in ORDERS:
+            raise ValueError(f"Machine: expected order to be one of {ORDERS}, got {order!r}")
+        self.kernel, self.memory, self.block, self.grid, self.order = kernel, memory, block, grid, order
+        self.threads = block[0] * block[1] * block[2]
+        self.thread = np.arange(self.threads)
+        self.shared_bytes = kernel.shared_bytes + dynamic_shared
+        self.parameters = {name: value for (_, name, _), value in zip(kernel.parameters, arguments, strict=True)}
+        self.symbols = {name: memory.add(values) for name, values in kernel.constants.items()}
+        self.symbols |= kernel.shared | kernel.local
+        self.steps = 0
+
+    def run(self) -> None:
+        x, y, z = self.grid
+        with np.errstate(all="ignore"):
+            for at in range(x * y * z):
+                self.run_block((at % x, at // x % y, at // (x * y)))
+
+    def run_block(self, block: tuple[int, int, int]) -> None:
+        self.at = block
+        self.registers: dict[str, np.ndarray] = {}
+        self.shared = SharedMemory(self.shared_bytes)
+        self.local = np.full((self.threads, self.kernel.local_bytes), POISON, np.uint8)
+        warps = -(-self.threads // 32)
+        self.copies = AsyncCopies(self.shared, warps)
+        self.products = ptx_matrix.WarpgroupProducts(-(-warps // 4))
+        self.carry = np.zeros(self.threads, bool)
+        self.counter = np.zeros(self.threads, np.int64)
+        self.done = np.zeros(self.threads, bool)
+        self.waiting = np.zeros(self.threads, bool)  # at a barrier of the block
+        self.gathering = np.zeros(self.threads, bool)  # at a wgmma that takes the whole warpgroup
+        while not self.done.all():
+            runnable = ~(self.done | self.waiting | self.gathering)
+            if runnable.any():
+                self.step(self._turn(runnable))
+            elif self.gathering.any():
+                raise PTXError("wgmma reached by a part of its warpgroup")
+            else:
+                self._open_barrier()
+
+    def _turn(self, runnable: np.ndarray) -> np.ndarray:
+        """The threads that take the next step: of those whose turn it is, the ones furthest behind."""
+        if self.order != "together":
+            candidates = np.flatnonzero(runnable)
+            warp = candidates[0 if self.order == "ahead" else -1] // 32
+            runnable = runnable & (self.thread // 32 == warp)
+        return runnable & (self.counter == self.counter[runnable].min())
+
+    def _open_barrier(self) -> None:
+        places = np.unique(self.counter[self.waiting])
+        if len(places) > 1:
+            raise PTXError("threads of one block wait at different barriers")
+        self.waiting[:] = False
+
+    def step(self, mask: np.ndarray) -> None:
+        self.steps += 1
+        at = int(self.counter[mask][0])
+        if at >= len(self.kernel.program):
+            self.done |= mask
+            return
+        i = self.kernel.program[at]
+        if i.guard is not None:
+            active = mask & (self.read(i.guard, "pred") ^ i.negated)
+        else:
+            active = mask
+        self.mask, self.index = active, np.flatnonzero(active)
+        self.counter[mask] = at + 1
+        if i.name == "bra":
+            self.counter[active] = self.kernel.labels[i.operands[0]]
+        elif i.name in ("ret", "exit"):
+            self.done |= active
+        elif len(self.index):
+            if i.name == "wgmma" and i.mods[0] != "fence" and not self._gathered(at):
+                return
+            handler = HANDLERS.get(i.name)
+            try:
+                if handler is None:
+                    raise PTXError("unknown instruction")
+                handler(self, i)
+            except (PTXError, KeyError, IndexError, ValueError, TypeError) as error:
+                message = f"{error if isinstance(error, PTXError) else repr(error)} at `{i.text}` in block {self.at}"
+                raise PTXError(message) from error
+
+    def _gathered(self, at: int) -> bool:
+        """Whether all warps of the warpgroup have come to the instruction ``at``; else the ones here stop and wait."""
+        group = np.isin(self.thread // 128, np.unique(self.index // 128))
+        here = self.mask | (self.gathering & (self.counter == at + 1) & group)
+        if (here == group).all():
+            self.gathering &= ~group
+            self.mask, self.index = group, np.flatnonzero(group)
+            return True
+        self.gathering |= self.mask
+        return False
+
+    # Operands
+
+    def read(self, operand: str, kind: str) -> np.ndarray:
+        """The operand in every thread, as the PTX type ``kind``."""
+        dtype = np.dtype(TYPES[kind])
+        if operand in self.registers:
+            return _as(self.registers[operand], dtype)
+        if operand in self.kernel.registers:  # read before it was written
+            return np.zeros(self.threads, dtype)
+        if operand.startswith("!"):
+            return ~self.read(operand[1:], kind)
+        if (number := immediate(operand, kind)) is not None:
+            return np.full(self.threads, number)
+        if operand in self.symbols:
+            return np.full(self.threads, self.symbols[operand]).astype(dtype)
+        return self._special(operand).astype(dtype)
+
+    def _special(self, operand: str) -> np.ndarray:
+        name, _, axis = operand.removeprefix("%").partition(".")
+        if axis in ("x", "y", "z"):
+            k = "xyz".index(axis)
+            if name == "tid":
+                return self.thread // int(np.prod(self.block[:k])) % self.block[k]
+            sizes = {"ctaid": self.at, "ntid": self.block, "nctaid": self.grid}
+            if name in sizes:
+                return np.full(self.threads, sizes[name][k])
+        if name == "laneid":
+            return self.thread % 32
+        if name == "warpid":
+            return self.thread // 32
+        raise PTXError(f"operand {operand}")
+
+    def write(self, target: str, values: np.ndarray) -> None:
+        """``values``, one a thread, to a register in the active threads."""
+        if len(self.index) == self.threads:
+            self.write_lanes(target, slice(None), values)
+        else:
+            self.write_lanes(target, self.index, values[self.index])
+
+    def write_lanes(self, target: str, lanes: np.ndarray | slice, values: np.ndarray) -> None:
+        if target == "_":
+            return
+        dtype = np.dtype(TYPES[self.kernel.registers[target]])
+        register = self.registers.get(target)
+        if register is None:
+            self.registers[target] = register = np.zeros(self.threads, dtype)
+        register[lanes] = _as(values, dtype)
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """What the active threads loaded, with room for the others."""
+        result = np.zeros(self.threads, values.dtype)
+        result[self.index] = values
+        return result
+
+    def address(self, operand: str) -> np.ndarray:
+        """The addresses ``[%rd1+16]`` in the active threads."""
+        base, _, offset = operand.strip("[] ").partition("+")
+        kind = "u64" if self.kernel.registers.get(base.strip(), "b64")[1:] == "64" else "u32"
+        return self.read(base.strip(), kind).astype(np.int64)[self.index] + (int(offset, 0) if offset else 0)
+
+
+def _as(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The bits of ``values`` as ``dtype``; a narrower type takes the low bits, a wider one extends them."""
+    if values.dtype == dtype:
+        return values
+    if values.dtype.itemsize != dtype.itemsize:
+        kind = "i" if values.dtype.kind == "i" else "u"
+        values = values.view(f"{kind}{values.dtype.itemsize}").astype(f"{kind}{dtype.itemsize}")
+    return values.view(dtype)
+
+
+# Instructions that move data or hold threads together
+
+
+def _load_parameter(m: Machine, i: Instruction) -> None:
+    name, _, offset = i.operands[1].strip("[] ").partition("+")
+    value, at = m.parameters[name], int(offset or 0)
+    for k, target in enumerate(vector(i.operands[0])):
+        dtype = np.dtype(TYPES[i.type])
+        if isinstance(value, bytes):
+            number = np.frombuffer(value, dtype, 1, at + k * dtype.itemsize)[0]
+        else:
+            number = np.asarray(value).astype(f"u{np.asarray(value).dtype.itemsize}").astype(f"u{dtype.itemsize}")
+        m.write(target, np.full(m.threads, number).view(dtype))
+
+
+def _load_store(m: Machine, i: Instruction) -> None:
+    if i.name != "st" and i.mods[0] == "param":
+        return _load_parameter(m, i)
+    space = i.first(*SPACES) or "global"
+    where, what = (i.operands[0], i.operands[1]) if i.name == "st" else (i.operands[1], i.operands[0])
+    names, dtype = vector(what), np.dtype(TYPES[i.type])
+    addresses = m.address(where)
+    if (addresses % (dtype.itemsize * len(names))).any():
+        raise PTXError(f"misaligned {space} access of {dtype.itemsize * len(names)} bytes")
+    for k, name in enumerate(names):
+        at = addresses + k * dtype.itemsize
+        if i.name == "st":
+            _store(m, space, at, m.read(name, i.type)[m.index])
+        else:
+            m.write(name, m.spread(_load(m, space, at, dtype)))
+
+
+def _load(m: Machine, space: str, addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if space == "local":
+        found = m.local[m.index[:, None], addresses[:, None] + np.arange(dtype.itemsize)]
+    else:
+        memory = m.shared if space == "shared" else m.memory
+        found = memory.bytes[memory.at(addresses, dtype.itemsize, "read")]
+    return found.view(dtype)[:, 0]
+
+
+def _store(m: Machine, space: str, addresses: np.ndarray, values: np.ndarray) -> None:
+    size = values.dtype.itemsize
+    content = np.ascontiguousarray(values).view(np.uint8).reshape(-1, size)
+    if space == "local":
+        m.local[m.index[:, None], addresses[:, None] + np.arange(size)] = content
+    else:
+        memory = m.shared if space == "shared" else m.memory
+        memory.bytes[memory.at(addresses, size, "write")] = content
+
+
+def _async_copy(m: Machine, i: Instruction) -> None:
+    warps = np.unique(m.index // 32)
+    if "commit_group" in i.mods:
+        return m.copies.commit(warps)
+    if "wait_group" in i.mods:
+        return m.copies.wait(warps, int(i.operands[0]))
+    if "wait_all" in i.mods:
+        m.copies.commit(warps)
+        return m.copies.wait(warps, 0)
+    if "bulk" in i.mods or "mbarrier" in i.mods:
+        raise PTXError("unknown instruction")
+    size = int(i.operands[2], 0)
+    target, source = m.address(i.operands[0]), m.address(i.operands[1])
+    given = m.read(i.operands[3], "u32")[m.index] if len(i.operands) > 3 else np.full(len(target), size)
+    index = m.shared.at(target, size, "cp.async")
+    values = np.zeros((len(target), size), np.uint8)
+    for count in np.unique(given[given > 0]):  # fewer bytes than the copy's size: the rest is zero
+        some = given == count
+        if (source[some] % size).any():
+            raise PTXError("misaligned cp.async")
+        bytes_at = m.memory.at(source[some], 1, "cp.async") + np.arange(count)
+        if not m.memory.allowed[bytes_at].all():
+            raise PTXError("global cp.async out of bounds")
+        values[some, :count] = m.memory.bytes[bytes_at]
+    m.copies.issue(m.index // 32, index, values)
+
+
+ATOMICS: dict[str, Callable] = {
+    "add": lambda old, value, _: old + value,
+    "max": lambda old, value, _: max(old, value),
+    "min": lambda old, value, _: min(old, value),
+    "exch": lambda _old, value, _: value,
+    "and": lambda old, value, _: old & value,
+    "or": lambda old, value, _: old | value,
+    "xor": lambda old, value, _: old ^ value,
+    "cas": lambda old, compare, value: value if old == compare else old,
+}
+
+
+def _atomic(m: Machine, i: Instruction) -> None:
+    space = "shared" if "shared" in i.mods else "global"
+    first = 1 if i.name == "atom" else 0
+    addresses, dtype = m.address(i.operands[first]), np.dtype(TYPES[i.type])
+    values = [m.read(o, i.type)[m.index] for o in i.operands[first + 1 :]]
+    function = ATOMICS[i.first(*ATOMICS) or ""]
+    before = np.zeros(len(addresses), dtype)
+    for k in range(len(addresses)):
+        before[k] = _load(m, space, addresses[k : k + 1], dtype)[0]
+        after = function(before[k], values[0][k], values[1][k] if len(values) > 1 else None)
+        _store(m, space, addresses[k : k + 1], np.array([after]).astype(dtype))
+    if i.name == "atom":
+        m.write(i.operands[0], m.spread(before))
+
+
+def _shuffle(m: Machine, i: Instruction) -> None:
+    values = m.read(i.operands[1], "b32")
+    by, packed = (m.read(o, "u32").astype(np.int64) for o in i.operands[2:4])
+    lane = m.thread % 32
+    segment, clamp = packed >> 8 & 31, packed & 31
+    last = (lane & segment) | (clamp & ~segment)
+    how = i.first("up", "down", "bfly", "idx")
+    source = {
+        "up": lane - by,
+        "down": lane + by,
+        "bfly": lane ^ by,
+        "idx": (lane & segment) | (by & ~segment & 31),
+    }[how or ""]
+    valid = source >= last if how == "up" else source <= last
+    source = m.thread // 32 * 32 + np.where(valid, source, lane)
+    if not m.mask[source[m.index]].all():
+        raise PTXError("shfl reads a lane that is not active")
+    target, *predicate = i.operands[0].split("|")
+    m.write(target.strip(), values[source])
+    if predicate:
+        m.write(predicate[0].strip(), valid)
+
+
+def _vote(m: Machine, i: Instruction) -> None:
+    active = m.mask.reshape(-1, 32)
+    given = active if i.name == "activemask" else (m.read(i.operands[1], "pred") & m.mask).reshape(-1, 32)
+    how = i.first("all", "any", "ballot") or "ballot"
+    result = {
+        "all": (given | ~active).all(1),
+        "any": given.any(1),
+        "ballot": (given.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1).astype(np.uint32),
+    }[how]
+    m.write(i.operands[0], np.repeat(result, 32))
+
+
+def _barrier(m: Machine, i: Instruction) -> None:
+    if "warp" in i.mods:
+        return
+    if i.operands[0] != "0" or (len(i.operands) > 1 and int(i.operands[1]) != m.threads):
+        raise PTXError("a barrier of a part of the block")
+    m.waiting |= m.mask
+
+
+HANDLERS: dict[str, Callable[[Machine, Instruction], None]] = {
+    **ptx_arith.HANDLERS,
+    **ptx_matrix.HANDLERS,
+    **dict.fromkeys(("ld", "st", "ldu"), _load_store),
+    "cp": _async_copy,
+    **dict.fromkeys(("atom", "red"), _atomic),
+    "shfl": _shuffle,
+    **dict.fromkeys(("vote", "activemask"), _vote),
+    **dict.fromkeys(("bar", "barrier"), _barrier),
+    **dict.fromkeys(NOTHING, lambda m, i: None),
+}
+
+
+def run(
+    ptx: str,
+    arguments: Sequence[Any],  # arrays are buffers, updated in place; numbers; bytes of a structure
+    grid: Sequence[int],
+    block: Sequence[int],
+    dynamic_shared: int = 0,
+    order: str = "together",
+    name: str | None = None,
+) -> int:
+    """Run one kernel of ``ptx``; the number of steps it took."""
+    kernel, memory = parse(ptx, name), DeviceMemory()
+    placed: dict[int, int] = {}
+    for a in arguments:
+        if isinstance(a, np.ndarray) and id(a) not in placed:
+            placed[id(a)] = memory.add(a)
+    numbers = [
+        np.uint64(placed[id(a)]) if isinstance(a, np.ndarray) else _number(a, kind)
+        for a, (kind, _, _) in zip(arguments, kernel.parameters, strict=True)
+    ]
+    sizes = [(*size, 1, 1)[:3] for size in (block, grid)]
+    machine = Machine(kernel, numbers, memory, sizes[0], sizes[1], dynamic_shared, order)
+    machine.run()
+    memory.write_back()
+    return machine.steps
+
+
+def _number(value: Any, kind: str) -> Any:
+    """A Python number as the parameter type ``kind`` (the .b32 of a float: give a numpy float32)."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, np.generic):
+        return value.view(f"u{value.dtype.itemsize}")
+    return np.array(value).astype(TYPES[kind]).view(f"u{np.dtype(TYPES[kind]).itemsize}")[()]

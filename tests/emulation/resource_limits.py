@@ -1,0 +1,21 @@
+"""What rung T2 asks of every matrix kernel that a launcher launches."""
+
+from tests.emulation.aot import LIMITS, Resources
+from tests.emulation.capture import Captured
+
+
+def check_matrix_kernel(launch: Captured, target: str, rows: str) -> Resources:
+    """No spills, shared memory within sm_80's limit, and the tensor cores in use; ``rows`` names the tile's rows.
+
+    Float32 that is multiplied exactly ("ieee") has no tensor core to use.
+    """
+    found = launch.resources(target)
+    what = f"{launch.name} for {target}, {launch.constants}"
+    assert found.spills == 0, f"{found.spills} bytes of spills in {what}"
+    assert found.shared <= LIMITS["sm_80"].shared_per_block, f"{found.shared} bytes of shared memory in {what}"
+    exact = launch.constants["PRECISION"] == "ieee" and "*fp32" in launch.signature["x_ptr"]
+    if not exact:
+        assert found.tensor_core_instructions > 0, f"no tensor core in {what}"
+        if target == "sm_90" and launch.constants[rows] >= 64:
+            assert found.mix["WGMMA"] > 0, f"no wgmma in {what}"
+    return found
