@@ -31,7 +31,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Only the tests of this process's kind stay; the summary tells of the others."""
-    here = [item for item in items if item.path.parent == config.rootpath / "tests" / "emulation"]
+    here = [item for item in items if config.rootpath / "tests" / "emulation" in item.path.parents]
     others = [item for item in here if bool(item.get_closest_marker("interpreted")) != INTERPRETED]
     slow = [item for item in here if item not in others and item.get_closest_marker("slow_emulation")]
     left = others + ([] if EVERYTHING else slow)

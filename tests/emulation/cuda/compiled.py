@@ -1,0 +1,92 @@
+"""What nvcc and ptxas make of ``csrc/cuda``: registers, spills, shared memory, instructions."""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.emulation.cuda.library import BUILD, SOURCES
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+FLAGS = "-std=c++20 -O3 -Werror all-warnings"
+STEMS = tuple(sorted(path.stem for path in SOURCES.glob("*.cu")))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel for one target."""
+
+    name: str  # as it is written in the source, with its template arguments
+    registers: int
+    spills: int  # bytes stored and loaded
+    stack: int  # bytes
+    shared: int  # bytes, static
+    sass: str
+
+
+def skip_without_nvcc() -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+
+
+def tool(name: str) -> str:
+    """A binary utility of the CUDA toolkit; Triton's wheel brings them along."""
+    spec = importlib.util.find_spec("triton")
+    beside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name if spec and spec.origin else None
+    found = shutil.which(name) or (str(beside) if beside and beside.exists() else None)
+    if found is None:
+        pytest.skip(f"{name} is neither installed nor part of Triton")
+    return found
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@functools.cache
+def compile_file(stem: str, target: str) -> dict[str, Compiled]:
+    """Every kernel of ``stem``.cu by its readable name. A warning is an error."""
+    folder = BUILD / "cubin"
+    folder.mkdir(parents=True, exist_ok=True)
+    cubin = folder / f"{stem}-{target}.cubin"
+    told = run(
+        "nvcc", *FLAGS.split(), "-cubin", f"-arch={target}", "-Xptxas", "-v", f"{SOURCES}/{stem}.cu", "-o", str(cubin)
+    )
+    sass = disassembled(cubin)
+    kernels = {}
+    for part in told.split("Compiling entry function '")[1:]:
+        mangled = part.split("'", 1)[0]
+
+        def number(pattern: str, text: str = part) -> int:
+            return sum(int(n) for n in re.findall(pattern, text))
+
+        name = readable(mangled)
+        kernels[name] = Compiled(
+            name,
+            number(r"Used (\d+) registers"),
+            number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            number(r"(\d+) bytes stack frame"),
+            number(r"(\d+) bytes smem"),
+            sass[mangled],
+        )
+    assert kernels, told
+    return kernels
+
+
+def disassembled(cubin: Path) -> dict[str, str]:
+    parts = run(tool("cuobjdump"), "-sass", str(cubin)).split("Function : ")[1:]
+    return {part.split("\n", 1)[0].strip(): part for part in parts}
+
+
+def readable(mangled: str) -> str:
+    """``kernel<float, 4>`` out of the mangled name."""
+    name = run("c++filt", mangled).strip()
+    name = re.sub(r"slimkernels::|\(anonymous namespace\)::|_GLOBAL__N__\w+::|\((int|bool)\)", "", name)
+    return re.sub(r"^void ", "", name).split("(", 1)[0].strip()

@@ -1,0 +1,2 @@
+// The emulator in the place of the header of the CUDA toolkit.
+#include "../emulator.h"

@@ -1,0 +1,66 @@
+"""Rung C2 once more under the address and undefined-behaviour sanitizers, in a process with libasan preloaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.emulation.cuda import library
+from tests.emulation.cuda.library import skip_unless_possible
+
+HERE = Path(__file__).parent
+
+
+def run(code: list[str]) -> subprocess.CompletedProcess:
+    skip_unless_possible()
+    where = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(where):
+        pytest.skip("libasan is not installed")
+    environment = os.environ | {
+        "SLIMKERNELS_EMULATION": "asan",
+        "LD_PRELOAD": where,
+        "ASAN_OPTIONS": "detect_leaks=0,detect_stack_use_after_return=0,alloc_dealloc_mismatch=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run([sys.executable, *code], capture_output=True, text=True, env=environment, cwd=library.ROOT)
+
+
+def run_tests(*arguments: str) -> None:
+    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments])
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert " passed" in done.stdout
+
+
+def test_sanitizers_find_nothing():
+    run_tests(str(HERE / "test_slice_accumulate.py"), "-k", "equals_pytorch and f32-bf16-0")
+
+
+@pytest.mark.slow_emulation
+@pytest.mark.parametrize("file", ["test_depthwise.py", "test_slice_accumulate.py"])
+def test_sanitizers_find_nothing_in_any_dtype(file):
+    run_tests(str(HERE / file), "-k", "not planted")
+
+
+@pytest.mark.slow_emulation
+@pytest.mark.parametrize(
+    ("bug", "report"),
+    [
+        (("slim_conv_depthwise.cu", "column + V <= width", "column < width"), "heap-buffer-overflow"),
+        (("slim_conv_depthwise.cu", "bytes = t.planes * (rows", "bytes = (rows"), "use-after-poison"),
+    ],
+    ids=["read beyond the row", "too little shared memory"],
+)
+def test_sanitizers_find_planted_bugs(bug, report):
+    code = f"""
+import torch
+from tests.emulation.cuda import depthwise
+from tests.emulation.cuda.library import Kernels
+from tests.emulation.cuda.test_depthwise import check
+torch.set_num_threads(1)
+check(Kernels(depthwise.STEMS, 0, {bug!r}), "c33-5x3-d2", torch.float32, False)
+"""
+    done = run(["-c", code])
+    assert done.returncode, "the sanitizers let a planted bug through"
+    assert any(word in done.stderr for word in report.split("|")), done.stderr[-3000:]
