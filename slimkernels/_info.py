@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from slimkernels import ops
+from slimkernels import ops, triton_kernels
 from slimkernels._extension import cpp_available, cpp_info, reason_missing
 from slimkernels._version import __version__
 
@@ -72,9 +72,11 @@ def _gpu() -> Section:
         section["driver"] = "no NVIDIA driver seen on this machine"
     triton = _version("triton")
     section["Triton"] = triton or "off: not installed ('pip install triton' on Linux)"
-    for module, name in (("triton_kernels", "Triton kernels"), ("_cuda", "CUDA kernels")):
-        if importlib.util.find_spec(f"slimkernels.{module}") is None:
-            section[name] = "off: not part of this build; ops on CUDA tensors run their PyTorch reference"
+    reasons = {"Triton kernels": triton_kernels.reason_missing()}
+    reasons["CUDA kernels"] = "" if importlib.util.find_spec("slimkernels._cuda") else "not part of this build"
+    for name, reason in reasons.items():
+        if reason:
+            section[name] = f"off: {reason}; their ops on CUDA tensors run the PyTorch reference"
         else:
             section[name] = "installed, loaded at the first use of a CUDA tensor"
     return section

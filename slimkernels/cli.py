@@ -86,6 +86,8 @@ Steps = Annotated[int, typer.Option(min=1, help="Fine-tuning steps.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
 Seed = Annotated[int, typer.Option(help="Of the order of the data, the widths drawn and the augmentation.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for training; latency is always timed on one.")]
+Speech = Annotated[Path, typer.Option(help="Folder with the Asterisk speech prompts (g722).")]
+Noise = Annotated[Path, typer.Option(help="Folder with noises and music (flac).")]
 
 
 @app.command()
@@ -185,12 +187,8 @@ def hypernet(
 def enhance(
     out: Out = Path("runs/enhance"),
     resume: Resume = False,
-    speech: Annotated[Path, typer.Option(help="Folder with the Asterisk speech prompts (g722).")] = Path(
-        "/usr/share/asterisk/sounds"
-    ),
-    noise: Annotated[Path, typer.Option(help="Folder with noises and music (flac).")] = Path(
-        "/usr/share/sonic-pi/samples"
-    ),
+    speech: Speech = Path("/usr/share/asterisk/sounds"),
+    noise: Noise = Path("/usr/share/sonic-pi/samples"),
     steps: Steps = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Mixtures a step.")] = 8,
     lr: Annotated[float, typer.Option(min=0, help="Highest learning rate of the cosine schedule.")] = 1e-3,
@@ -207,6 +205,29 @@ def enhance(
         recipe.run(out, settings, speech=speech, noise=noise, **options)
 
     run_recipe(lambda: settings, out, resume, seed, threads, run)
+
+
+@train_app.command()
+def separate(
+    out: Out = Path("runs/separate"),
+    resume: Resume = False,
+    speech: Speech = Path("/usr/share/asterisk/sounds"),
+    noise: Noise = Path("/usr/share/sonic-pi/samples"),
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every training.")] = 800,
+    batch_size: Annotated[int, typer.Option(min=1, help="Mixtures a step.")] = 8,
+    lr: Annotated[float, typer.Option(min=0, help="Highest learning rate of the cosine schedule.")] = 2e-3,
+    seeds: Annotated[int, typer.Option(min=1, help="So many repetitions with seeds 0, 1, ...")] = 3,
+    threads: Threads = None,
+) -> None:
+    """Train a band-split RNN once at all widths and depths, and its sub-networks alone, to separate speech from music."""
+    from slimkernels.recipes import separate as recipe
+
+    settings = recipe.Settings(steps=steps, batch_size=batch_size, lr=lr, seeds=seeds)
+
+    def run(settings: Any, out: Path, *, seed: int, **options: Any) -> None:
+        recipe.run(out, settings, speech=speech, noise=noise, **options)
+
+    run_recipe(lambda: settings, out, resume, 0, threads, run)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -1,6 +1,7 @@
 // Memory movement and small products of the recurrent kernels, once per instruction set. Before it: recurrent.h.
 
 #include "gemm-inl.h"
+#include "recurrent_gates-inl.h"
 
 template <typename T>
 inline void store_some(T* p, vf v, int64_t n) {

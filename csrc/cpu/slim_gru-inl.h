@@ -28,10 +28,10 @@ struct GruCell {
     const int64_t width = p.padded;
     for (int64_t m = 0; m < n; ++m, x += 3 * width, s += 3 * width) {
       for (int64_t j = 0; j < width; j += kLanes) {
-        const vf r = sigmoid(load(x + j) + load(s + j) + load(bias + j));
-        const vf z = sigmoid(load(x + width + j) + load(s + width + j) + load(bias + width + j));
+        const vf r = gate_sigmoid(load(x + j) + load(s + j) + load(bias + j));
+        const vf z = gate_sigmoid(load(x + width + j) + load(s + width + j) + load(bias + width + j));
         const vf hn = load(s + 2 * width + j) + load(bias + 3 * width + j);
-        const vf candidate = tanh(load(x + 2 * width + j) + load(bias + 2 * width + j) + r * hn);
+        const vf candidate = gate_tanh(load(x + 2 * width + j) + load(bias + 2 * width + j) + r * hn);
         const vf h_new = candidate + z * (load(h + m * ld + j) - candidate);
         const int64_t left = p.count - j;
         store(h_next + m * ld + j, rounded<T>(h_new));

@@ -1,10 +1,13 @@
 """What every op file uses: the library handle, registration, autocast and argument checks."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from slimkernels.triton_kernels import reason_missing
 
 LIBRARY = torch.library.Library("slimkernels", "DEF")
 
@@ -65,6 +68,23 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
         return node.apply(keyset, *inputs) if needed else below(keyset, *inputs)
 
     LIBRARY.impl(name, choose, "Autograd", with_keyset=True)
+
+
+def on_gpu(name: str, stem: str) -> None:
+    """Make the function ``name`` of ``triton_kernels/<stem>.py`` the kernel of the op ``name`` for CUDA tensors.
+
+    The module, and Triton with it, is imported at the first call; where Triton cannot be used that call takes the function
+    of the same name in ``reference/<stem>.py``.
+    """
+    loaded: list[Callable] = []
+
+    def run(*args):
+        if not loaded:
+            package = "reference" if reason_missing() else "triton_kernels"
+            loaded.append(getattr(importlib.import_module(f"slimkernels.{package}.{stem}"), name))
+        return loaded[0](*args)
+
+    LIBRARY.impl(name, run, "CUDA")
 
 
 def check_activation(op: str, activation: str) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slimkernels.ops._common import autograd, define
+from slimkernels.ops._common import autograd, define, on_gpu
 from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
 from slimkernels.reference import slim_batch_norm as reference
 from slimkernels.reference.slim_batch_norm import statistics_dtype
@@ -148,3 +148,5 @@ define(
     default=reference.slim_batch_norm_backward,
 )
 autograd("slim_batch_norm", _backward, _setup_context)
+on_gpu("slim_batch_norm", "slim_batch_norm")
+on_gpu("slim_batch_norm_backward", "slim_batch_norm")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slimkernels.ops._common import autograd, define
+from slimkernels.ops._common import autograd, define, on_gpu
 from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
 from slimkernels.reference import slim_layer_norm as reference
 from slimkernels.reference.slim_batch_norm import statistics_dtype
@@ -21,7 +21,8 @@ def slim_layer_norm(
     """Layer norm over the last dimension with the first ``c`` entries of full-size parameters.
 
     Equivalent to ``act(F.layer_norm(x, (c,), weight[:c], bias[:c], eps) + residual)``. The output is contiguous. Backward
-    recomputes the normalised input from ``x``.
+    recomputes the normalised input from ``x``. GPU: Triton; float64, and the backward of rows wider than 4096, run the
+    reference.
 
     Raises: ValueError when a shape or the activation's name does not fit, TypeError for dtypes: ``x`` and ``residual``
     share one; parameters have that one or float32.
@@ -96,3 +97,5 @@ define(
     default=reference.slim_layer_norm_backward,
 )
 autograd("slim_layer_norm", _backward, _setup_context)
+on_gpu("slim_layer_norm", "slim_layer_norm")
+on_gpu("slim_layer_norm_backward", "slim_layer_norm")

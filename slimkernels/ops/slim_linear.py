@@ -13,6 +13,7 @@ from slimkernels.ops._common import (
     check_shape,
     define,
     grad_needed,
+    on_gpu,
 )
 from slimkernels.ops.activation import activation as apply_activation
 from slimkernels.ops.activation import activation_grad
@@ -38,10 +39,11 @@ def slim_linear(
 
     CPU: on AVX-512 a kernel of tiles on oneDNN's brgemm with everything after the product fused in (a pass over the
     weight's rows for at most 4 rows of x); the reference for float64, an empty x, a weight with no unit stride, and on
-    older CPUs, where F.linear is faster.
+    older CPUs, where F.linear is faster. GPU: Triton, everything after the product fused in; float64 runs the reference.
 
     Raises: ValueError when a shape, a width or the activation's name does not fit, TypeError when dtypes differ.
-    Numerics: 16-bit inputs are multiplied and summed in float32 and rounded once, at the store.
+    Numerics: 16-bit inputs are multiplied and summed in float32 and rounded once, at the store. On a GPU float32 is
+    multiplied in tf32 when ``torch.backends.cuda.matmul.fp32_precision`` (or ``torch.backends.fp32_precision``) says so.
     Source: Yu et al., Slimmable Neural Networks (arXiv 1812.08928), section 3.
     """
     op = "slim_linear"
@@ -134,3 +136,5 @@ define(
     default=reference.slim_linear_backward,
 )
 autograd("slim_linear", _backward, _setup_context)
+on_gpu("slim_linear", "slim_linear")
+on_gpu("slim_linear_backward", "slim_linear")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from slimkernels.ops._common import autograd, define
+from slimkernels.ops._common import autograd, define, on_gpu
 from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
 from slimkernels.ops.slim_layer_norm import contiguous_like
 from slimkernels.reference import slim_rms_norm as reference
@@ -21,7 +21,8 @@ def slim_rms_norm(
     """RMS norm over the last dimension with the first ``c`` entries of full-size parameters.
 
     Equivalent to ``act(F.rms_norm(x, (c,), weight[:c], eps) + residual)``. The output is contiguous. Backward
-    recomputes the normalised input from ``x``.
+    recomputes the normalised input from ``x``. GPU: Triton; float64, and the backward of rows wider than 4096, run the
+    reference.
 
     Raises: ValueError when a shape or the activation's name does not fit, TypeError for dtypes: ``x`` and ``residual``
     share one; parameters have that one or float32.
@@ -86,3 +87,5 @@ define(
     default=reference.slim_rms_norm_backward,
 )
 autograd("slim_rms_norm", _backward, _setup_context)
+on_gpu("slim_rms_norm", "slim_rms_norm")
+on_gpu("slim_rms_norm_backward", "slim_rms_norm")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from slimkernels import elastic, train
 from slimkernels.models.nsnet2 import NSNet2, State, log_power
 from slimkernels.recipes import enhance_results, latency
-from slimkernels.recipes.data import DataError, load_into
+from slimkernels.recipes.audio_scores import require_torchmetrics, si_sdr, si_sdr_db
+from slimkernels.recipes.data import load_into
 from slimkernels.recipes.nsnet2_weights import nsnet2
 from slimkernels.recipes.pipeline import Stopped, cosine_schedule, folder_for, writing
 from slimkernels.recipes.speech_data import (
@@ -59,13 +60,6 @@ def signal_of(spectrum: Tensor, samples: int) -> Tensor:  # the inverse
     return torch.istft(spectrum.transpose(1, 2), WINDOW, HOP, window=window, length=samples)
 
 
-def si_sdr(estimate: Tensor, clean: Tensor) -> Tensor:  # (b, samples) each -> (b,) dB
-    """Scale-invariant signal-to-distortion ratio, to train on. The table's numbers are torchmetrics'."""
-    target = clean * (estimate * clean).sum(-1, keepdim=True) / clean.square().sum(-1, keepdim=True).clamp_min(1e-8)
-    ratio = target.square().sum(-1) / (estimate - target).square().sum(-1).clamp_min(1e-8)
-    return 10 * ratio.clamp_min(1e-8).log10()
-
-
 def prepared(noisy: Tensor, clean: Tensor, teacher: nn.Module | None) -> tuple[Tensor, Targets]:
     """A batch as the trainer takes it: features, and what the loss needs."""
     spectrum = spectrum_of(noisy)
@@ -100,11 +94,8 @@ class SpectrumBatches:
 
 
 def measured(gain: Tensor, targets: Targets) -> Tensor:
-    """SI-SDR in dB by torchmetrics, per mixture."""
-    from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
-
-    enhanced = signal_of(targets[0] * gain, targets[1].shape[-1])
-    return scale_invariant_signal_distortion_ratio(enhanced, targets[1])
+    """SI-SDR in dB, per mixture."""
+    return si_sdr_db(signal_of(targets[0] * gain, targets[1].shape[-1]), targets[1])
 
 
 def scores(model: nn.Module, test: Sequence[tuple[Tensor, Targets]], widths: Sequence[float]) -> dict[float, float]:
@@ -171,10 +162,7 @@ def run(
     """
     settings = Settings() if settings is None else settings
     console = Console() if console is None else console
-    try:
-        import torchmetrics  # noqa: F401
-    except ImportError:
-        raise DataError("measuring SI-SDR needs torchmetrics; type 'pip install torchmetrics'") from None
+    require_torchmetrics()
     teacher = copy.deepcopy(nsnet2() if network is None else network).eval().requires_grad_(False)
     with console.status("reading speech and noises"):
         training, testing = load_sounds(speech, noise)

@@ -28,7 +28,8 @@ PACKAGES = (
 def read_audio(path: Path, sample_rate: int = SAMPLE_RATE) -> Tensor:  # (samples,) float32, mono
     """A sound file in any format that PyAV reads, mixed down to mono and resampled.
 
-    Raises: DataError when PyAV is not installed or the file is damaged.
+    Raises: DataError when PyAV is not installed, the file is damaged, or its sample rate is lower than asked for: the upper
+        part of its spectrum would be empty.
     """
     try:
         import av
@@ -36,6 +37,9 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE) -> Tensor:  # (sample
         raise DataError("reading audio needs PyAV; type 'pip install av'") from None
     try:
         with av.open(str(path), format="g722" if path.suffix == ".g722" else None) as container:
+            rate = container.streams.audio[0].rate
+            if 0 < rate < sample_rate:  # 0: unknown, found damaged below
+                raise DataError(f"audio: expected a sample rate of at least {sample_rate} Hz, got {rate} Hz in {path}")
             resampler = av.AudioResampler("flt", "mono", sample_rate)
             frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
             frames += resampler.resample(None)

@@ -8,10 +8,10 @@ interpreter of Triton 3.6 to 3.9 gets wrong in silence:
 3. ``tl.dot`` rounds float32 operands to TF32 where the kernel asks for "tf32".
 4. Lanes that a mask switches off hold NaN (integers: 0x5A..) when the load names no ``other``: undefined on a GPU.
 5. Every address of an active lane lies in a tensor argument, or ``OutOfBounds``.
-6. Programs run in a shuffled order (``SEED``), and ``Race`` is raised where their order matters.
+6. Programs run in a shuffled order, and ``Race`` is raised where their order matters.
 7. ``tl.extra.libdevice`` functions have bodies in numpy.
 
-``LAUNCHES`` keeps what every launch moved.
+``LAUNCHES`` keeps what every launch moved; ``set_seed`` picks another order of programs.
 """
 
 import functools
@@ -30,10 +30,9 @@ from triton.runtime.interpreter import TensorHandle
 from tests.emulation.accesses import Launch, OutOfBounds, Race, spans_of
 from tests.emulation.rounding import from_bfloat16, to_bfloat16, to_tf32
 
-__all__ = ["LAUNCHES", "SEED", "OutOfBounds", "Race", "install"]
+__all__ = ["LAUNCHES", "OutOfBounds", "Race", "install", "set_seed"]
 
 LAUNCHES: list[Launch] = []
-SEED = int(os.environ.get("SLIMKERNELS_INTERPRETER_SEED", "0"))
 
 BUILDER = interpreter.InterpreterBuilder
 FLOAT_OPS = (
@@ -47,6 +46,7 @@ class State:
     """The launch that runs now; there is one at a time."""
 
     launch: Launch | None = None
+    seed: int = 0
     order: np.ndarray = np.zeros(0, np.int64)
 
 
@@ -63,6 +63,11 @@ def install() -> None:
     _shuffle_programs()
     _give_libdevice_bodies()
     _let_tensors_be_indices()
+
+
+def set_seed(seed: int) -> None:
+    """Of the order in which the programs of the next launches run."""
+    State.seed = seed
 
 
 def _is_bfloat16(value: Any) -> bool:
@@ -234,7 +239,7 @@ def _shuffle_programs() -> None:
     def set_grid_dim(self: Any, *dims: int) -> None:
         set_dim(self, *dims)
         count = int(np.prod(dims))
-        State.order = np.random.default_rng(SEED).permutation(count)
+        State.order = np.random.default_rng(State.seed).permutation(count)
         if State.launch is not None:
             State.launch.programs = count
 

@@ -51,6 +51,14 @@ def test_a_damaged_file_and_a_missing_folder_are_named(tmp_path):
         load_sounds(tmp_path, tmp_path / "missing")
 
 
+def test_a_sample_rate_that_is_too_low_is_named(tmp_path):
+    write_wav(tmp_path / "telephone.wav", tone(440, 0.5, 8000), 8000)
+    with pytest.raises(
+        DataError, match=r"expected a sample rate of at least 16000 Hz, got 8000 Hz in .*telephone\.wav"
+    ):
+        read_audio(tmp_path / "telephone.wav")
+
+
 def test_trimmed_cuts_silence_at_both_ends_only():
     signal = torch.cat([torch.zeros(3200), tone(300, 0.2), torch.zeros(320), tone(300, 0.1), torch.zeros(6400)])
     assert len(trimmed(signal)) == 3200 + 320 + 1600
