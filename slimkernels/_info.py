@@ -4,7 +4,6 @@ Nothing here initialises CUDA or imports Triton: asking must not take a GPU.
 """
 
 import importlib.metadata
-import importlib.util
 import inspect
 import os
 import platform
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from slimkernels import ops, triton_kernels
+from slimkernels import cuda_kernels, ops, triton_kernels
 from slimkernels._extension import cpp_available, cpp_info, reason_missing
 from slimkernels._version import __version__
 
@@ -72,8 +71,7 @@ def _gpu() -> Section:
         section["driver"] = "no NVIDIA driver seen on this machine"
     triton = _version("triton")
     section["Triton"] = triton or "off: not installed ('pip install triton' on Linux)"
-    reasons = {"Triton kernels": triton_kernels.reason_missing()}
-    reasons["CUDA kernels"] = "" if importlib.util.find_spec("slimkernels._cuda") else "not part of this build"
+    reasons = {"Triton kernels": triton_kernels.reason_missing(), "CUDA kernels": cuda_kernels.reason_missing()}
     for name, reason in reasons.items():
         if reason:
             section[name] = f"off: {reason}; their ops on CUDA tensors run the PyTorch reference"

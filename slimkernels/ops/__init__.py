@@ -4,6 +4,7 @@
 from slimkernels import _extension  # noqa: F401
 from slimkernels.ops.activation import activation
 from slimkernels.ops.inr_weights import InrParameters, InrTensor, inr_weights
+from slimkernels.ops.slice_accumulate import slice_accumulate_
 from slimkernels.ops.slim_batch_norm import slim_batch_norm
 from slimkernels.ops.slim_conv import slim_conv
 from slimkernels.ops.slim_conv_transpose import slim_conv_transpose
@@ -19,6 +20,7 @@ __all__ = [
     "InrTensor",
     "activation",
     "inr_weights",
+    "slice_accumulate_",
     "slim_batch_norm",
     "slim_conv",
     "slim_conv_transpose",
