@@ -4,6 +4,7 @@
 #include <torch/version.h>
 
 #include "common.h"
+#include "python.h"
 
 namespace {
 
@@ -31,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   }, "Compiler, the torch version the extension was built for, and whether OpenMP is on.");
+  slimkernels::bind_deploy(m);
 }

@@ -5,6 +5,7 @@ from slimkernels.elastic.checkpoint import load, save
 from slimkernels.elastic.compile import compile
 from slimkernels.elastic.convert import convert
 from slimkernels.elastic.cost import Cost, cost
+from slimkernels.elastic.deploy import Deployed, deploy
 from slimkernels.elastic.extract import extract
 from slimkernels.elastic.plan import Plan, Stage, WidthGroup, plan
 from slimkernels.elastic.report import Report, report
@@ -15,6 +16,7 @@ from slimkernels.elastic.width import set_width, view, width
 __all__ = [
     "Candidate",
     "Cost",
+    "Deployed",
     "Plan",
     "Report",
     "SearchResult",
@@ -24,6 +26,7 @@ __all__ = [
     "compile",
     "convert",
     "cost",
+    "deploy",
     "extract",
     "load",
     "plan",

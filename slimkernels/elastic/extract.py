@@ -1,6 +1,6 @@
 """``extract``: a sub-network as a plain network of torch layers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,6 +50,14 @@ def extract(
         )
     if width is None:
         width, depth = _within(model, limits, evaluate, example_inputs)
+    made, skipped = subnetwork(model, width, depth)
+    if skipped:
+        renumber(made, plan(model).stages.values())
+    return made
+
+
+def subnetwork(model: nn.Module, width: Width, depth: Depth) -> tuple[nn.Module, Collection[str]]:
+    """What ``extract`` gives with the names that the modules have in ``model``, and the blocks that are not there."""
     known = plan(model)
     units = known.units("extract", width)
     made = view(model, width, depth)
@@ -59,7 +67,7 @@ def extract(
     dims = {key: dim for key, dim in known.dims.items() if not is_inside(key[0], skipped)}
     sliced = {(s.owner, s.name): s for s in sliced_tensors(made, dims)}
     norms = batch_norms(made)
-    selected = {name: _selected_state(norm) for name, norm in norms.items()}
+    selected = {name: norm.selected() for name, norm in norms.items()}
     copies: dict[tuple, Tensor] = {}
     for name, module in list(made.named_modules()):
         for child in ("switch", "calibrated") if name in norms else ():
@@ -76,9 +84,7 @@ def extract(
         _resize(name, module, dims, units)
         if isinstance(module, RECURRENT):
             refresh(module)
-    if skipped:
-        renumber(made, known.stages.values())
-    return made
+    return made, skipped
 
 
 def _within(
@@ -100,17 +106,6 @@ def _within(
         example_inputs=example_inputs,
     ).best
     return best.width, best.depth
-
-
-def _selected_state(norm: Any) -> dict[str, Tensor | None]:
-    """Parameters and statistics (full size) that a slimmable batch norm uses at its width."""
-    source = norm if norm._entry is None else norm._entry
-    state = {
-        name: getattr(source, name) for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    }
-    if norm._fixed_mean is not None:
-        state |= {"running_mean": norm._fixed_mean, "running_var": norm._fixed_var}
-    return {name: tensor for name, tensor in state.items() if tensor is not None}
 
 
 def _copy_tensors(

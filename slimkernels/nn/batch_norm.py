@@ -173,6 +173,16 @@ class SlimBatchNorm(SlimModule, _Torch):
         self._fixed_mean, self._fixed_var, self._fixed_count = fixed
         self._keeps_running = keeps
 
+    def selected(self) -> dict[str, Tensor]:
+        """Affine parameters and running statistics that the current ratio uses, by their names in torch's batch norm;
+        full size, those that the module does not have left out."""
+        source: SlimBatchNorm | BatchNormEntry = self if self._entry is None else self._entry
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        state = {name: getattr(source, name) for name in names}
+        if self._fixed_mean is not None:
+            state |= {"running_mean": self._fixed_mean, "running_var": self._fixed_var}
+        return {name: tensor for name, tensor in state.items() if tensor is not None}
+
     @torch.no_grad()
     def _interpolate(self, full_mean: Tensor, full_var: Tensor) -> tuple[Tensor, Tensor]:
         """Statistics for the current ratio from its calibrated neighbours; fresh tensors of full size."""

@@ -1,0 +1,408 @@
+// Kernels of deployed networks, once per instruction set: register tiles of pixels by output channels whose bias, residual and
+// activation are applied before the only store.
+
+#if defined(SK_AVX512)
+constexpr int kTileRegisters = 28;
+#else
+constexpr int kTileRegisters = 10;
+#endif
+constexpr int tile_limit(int vectors) {
+  return kTileRegisters / vectors < deploy::kMaxTile ? kTileRegisters / vectors : deploy::kMaxTile;
+}
+
+#if defined(SK_BF16)
+inline vf get(const c10::BFloat16* p) { return (vf)(__builtin_convertvector(*(const vu16 __attribute__((aligned(2)))*)p, vu32) << 16); }
+inline vf get_first(const c10::BFloat16* p, int n) {
+  const __m256i h = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+inline void put(c10::BFloat16* p, vf v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+inline void put_first(c10::BFloat16* p, vf v, int n) {
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+// Products of a pair of bfloat16 (the same for all lanes) with a pair a lane, added to acc.
+inline vf multiply_add(vf acc, vf unit, vf weights, c10::BFloat16) {
+  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)unit, (__m512bh)weights);
+}
+#endif
+inline vf get(const float* p) { return load(p); }
+inline vf get_first(const float* p, int n) { return load_first(p, n); }
+inline void put(float* p, vf v) { store(p, v); }
+inline void put_first(float* p, vf v, int n) { store_first(p, v, n); }
+inline vf multiply_add(vf acc, vf unit, vf weights, float) { return acc + unit * weights; }
+
+template <typename T>
+inline vf get_some(const T* p, int n) {
+  return n == kLanes ? get(p) : get_first(p, n);
+}
+template <typename T>
+inline void put_some(T* p, vf v, int n) {
+  n == kLanes ? put(p, v) : put_first(p, v, n);
+}
+
+template <Activation A>
+vf activate_vector(vf x) {
+  return activate<A>(x);
+}
+using Activate = vf (*)(vf);
+inline Activate pick_activation(Activation activation) {
+  Activate found = nullptr;
+  SK_SWITCH_ACTIVATION(activation, [&] { found = &activate_vector<act>; });
+  return found;
+}
+
+// What is the same for all tiles of a panel of outputs.
+template <typename T>
+struct TileEnd {
+  const float* bias;
+  int64_t y_pixel, residual_pixel;
+  float low, high;  // of a clamp: ReLU and ReLU6
+  bool clamps;
+  Activate other;  // any other activation
+  int tail;        // outputs in the last vector
+};
+
+// y (P, V * kLanes) = act(sum over the runs of x[p * step + k] * w[k] + bias + residual). `sums` (P, V * kLanes): where the sums
+// of earlier runs are taken from and these are put, when the depth is worked on in parts.
+template <typename T, int P, int V>
+void conv_tile(const float* x, int64_t step, const deploy::TapRun* runs, int64_t run_count, const float* w,
+               int64_t vector_step, const TileEnd<T>& end, float* sums, bool first, bool last, const T* residual, T* y) {
+  vf acc[P][V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const vf bias = first ? load(end.bias + v * kLanes) : vf{};
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) acc[p][v] = first ? bias : load(sums + (p * V + v) * kLanes);
+  }
+  for (int64_t r = 0; r < run_count; ++r) {
+    const float* from = x + runs[r].offset;
+    const float* weights = w + runs[r].packed * kLanes;
+    const int64_t units = runs[r].units;
+    for (int64_t k = 0; k < units; ++k, weights += kLanes) {
+      vf b[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) b[v] = load(weights + v * vector_step);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+        const vf unit = splat(from[p * step + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) acc[p][v] = multiply_add(acc[p][v], unit, b[v], T{});
+      }
+    }
+  }
+  if (!last) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(sums + (p * V + v) * kLanes, acc[p][v]);
+    }
+    return;
+  }
+  if (residual) {
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        acc[p][v] += get_some(residual + p * end.residual_pixel + v * kLanes, v == V - 1 ? end.tail : kLanes);
+      }
+    }
+  }
+  if (end.clamps) {
+    const vf low = splat(end.low), high = splat(end.high);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        vf a = acc[p][v];
+        a = a < low ? low : a;  // a NaN stays
+        acc[p][v] = a > high ? high : a;
+      }
+    }
+  }
+  if (end.other) {
+    vf kept[P][V];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) kept[p][v] = acc[p][v];
+    }
+    for (int i = 0; i < P * V; ++i) (&kept[0][0])[i] = end.other((&kept[0][0])[i]);
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[p][v] = kept[p][v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V - 1; ++v) put(y + p * end.y_pixel + v * kLanes, acc[p][v]);
+    put_some(y + p * end.y_pixel + (V - 1) * kLanes, acc[p][V - 1], end.tail);
+  }
+}
+
+template <typename T>
+using ConvTile = void (*)(const float*, int64_t, const deploy::TapRun*, int64_t, const float*, int64_t, const TileEnd<T>&,
+                          float*, bool, bool, const T*, T*);
+
+template <typename T, int V, int P = 1>
+ConvTile<T> pick_pixels(int64_t pixels) {
+  if constexpr (P >= tile_limit(V)) {
+    return &conv_tile<T, P, V>;
+  } else {
+    return pixels == P ? &conv_tile<T, P, V> : pick_pixels<T, V, P + 1>(pixels);
+  }
+}
+template <typename T>
+ConvTile<T> pick_tile(int64_t vectors, int64_t pixels) {
+  switch (vectors) {
+    case 1: return pick_pixels<T, 1>(pixels);
+    case 2: return pick_pixels<T, 2>(pixels);
+    case 3: return pick_pixels<T, 3>(pixels);
+    default: return pick_pixels<T, 4>(pixels);
+  }
+}
+
+template <typename T>
+TileEnd<T> tile_end(const deploy::Epilogue& epilogue) {
+  TileEnd<T> end{};
+  const Activation act = epilogue.activation;
+  end.clamps = act == Activation::kRelu || act == Activation::kRelu6;
+  end.low = 0;
+  end.high = act == Activation::kRelu6 ? 6.0f : std::numeric_limits<float>::infinity();
+  end.other = end.clamps || act == Activation::kNone ? nullptr : pick_activation(act);
+  return end;
+}
+
+template <typename T>
+const T* residual_at(const deploy::Places& at, const deploy::Plane& plane, int64_t image, int64_t row) {
+  return at.residual ? (const T*)at.residual + image * plane.image + row * plane.row : nullptr;
+}
+
+template <typename T>
+void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
+  const int64_t all_vectors = (job.out_c + kLanes - 1) / kLanes;
+  const int64_t panels = (all_vectors + job.vectors - 1) / job.vectors;
+  const int64_t rows = job.images * job.out_h, bands = (rows + job.band - 1) / job.band;
+  // Bands are the parts of threads; where there are fewer bands than threads, panels are too.
+  const int64_t threads = at::get_num_threads();
+  const int64_t splits = bands >= threads ? 1 : std::min(panels, (threads + bands - 1) / bands);
+  const int64_t parts = static_cast<int64_t>(job.chunks.size()) - 1;
+  const int64_t vector_step = job.depth * kLanes;
+  const int64_t work = job.band * job.out_w * job.depth * all_vectors / splits;
+  at::parallel_for(0, bands * splits, 1 + (1 << 15) / (work + 1), [&](int64_t task_begin, int64_t task_end) {
+    std::vector<float> sums(parts > 1 ? job.band * job.out_w * job.vectors * kLanes : 0);
+    TileEnd<T> end = tile_end<T>(job.epilogue);
+    end.y_pixel = job.y.pixel;
+    end.residual_pixel = job.residual.pixel;
+    for (int64_t task = task_begin; task < task_end; ++task) {
+      const int64_t row_begin = task / splits * job.band, row_end = std::min(rows, row_begin + job.band);
+      const int64_t split = task % splits;
+      for (int64_t panel = panels * split / splits; panel < panels * (split + 1) / splits; ++panel) {
+        const int64_t vector = panel * job.vectors, vectors = std::min(job.vectors, all_vectors - vector);
+        const int64_t channel = vector * kLanes;
+        end.bias = job.epilogue.bias + channel;
+        end.tail = std::min<int64_t>(kLanes, job.out_c - (vector + vectors - 1) * kLanes);
+        const float* weight = (const float*)job.weight + vector * vector_step;
+        const int64_t tile = std::min<int64_t>(job.tile, tile_limit(vectors));
+        const int64_t rest = job.out_w % tile;
+        const ConvTile<T> whole = pick_tile<T>(vectors, tile), part_tile = pick_tile<T>(vectors, rest ? rest : 1);
+        for (int64_t part = 0; part < parts; ++part) {
+          const deploy::TapRun* runs = job.runs.data() + job.chunks[part];
+          const int64_t run_count = job.chunks[part + 1] - job.chunks[part];
+          float* sum = sums.data();
+          for (int64_t row = row_begin; row < row_end; ++row) {
+            const int64_t image = row / job.out_h, line = row % job.out_h;
+            const float* x = (const float*)at.x + image * job.x.image + line * job.x.row;
+            T* y = (T*)at.y + image * job.y.image + line * job.y.row + channel;
+            const T* residual = residual_at<T>(at, job.residual, image, line);
+            if (residual) residual += channel;
+            int64_t j = 0;
+            for (; j + tile <= job.out_w; j += tile) {
+              whole(x + j * job.x.pixel, job.x.pixel, runs, run_count, weight, vector_step, end, sum, part == 0,
+                    part == parts - 1, residual ? residual + j * job.residual.pixel : nullptr, y + j * job.y.pixel);
+              if (parts > 1) sum += tile * vectors * kLanes;
+            }
+            if (rest) {
+              part_tile(x + j * job.x.pixel, job.x.pixel, runs, run_count, weight, vector_step, end, sum, part == 0,
+                        part == parts - 1, residual ? residual + j * job.residual.pixel : nullptr, y + j * job.y.pixel);
+              if (parts > 1) sum += rest * vectors * kLanes;
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+inline void finish(vf v, const TileEnd<T>& end, const T* residual, T* y, int n) {
+  if (residual) v += get_some(residual, n);
+  if (end.clamps) {
+    v = clamp_below(v, 0.0f);
+    v = clamp_above(v, end.high);
+  } else if (end.other) {
+    v = end.other(v);
+  }
+  put_some(y, v, n);
+}
+
+// P output pixels of one row and kLanes channels; every input value is loaded once for all the pixels that it belongs to.
+template <typename T, int K, int S, int P>
+void depthwise_tile(const T* x, int64_t row, int64_t pixel, int64_t kernel_h, const float* w, vf bias, const TileEnd<T>& end,
+                    const T* residual, int64_t residual_pixel, T* y, int64_t y_pixel, int n) {
+  vf acc[P];
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) acc[p] = bias;
+  for (int64_t i = 0; i < kernel_h; ++i, x += row, w += K * kLanes) {
+    vf weights[K];
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) weights[k] = load(w + k * kLanes);
+#pragma GCC unroll 32
+    for (int j = 0; j < (P - 1) * S + K; ++j) {
+      const vf value = get_some(x + j * pixel, n);
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) {
+        if (j >= k && (j - k) % S == 0 && (j - k) / S < P) acc[(j - k) / S] += value * weights[k];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < P; ++p) {
+    finish(acc[p], end, residual ? residual + p * residual_pixel : nullptr, y + p * y_pixel, n);
+  }
+}
+
+template <typename T>
+void depthwise_any(const deploy::DepthwiseJob& job, const T* x, const float* w, vf bias, const TileEnd<T>& end,
+                   const T* residual, T* y, int n) {
+  vf acc = bias;
+  for (int64_t i = 0; i < job.kernel_h; ++i) {
+    for (int64_t k = 0; k < job.kernel_w; ++k, w += kLanes) {
+      acc += get_some(x + i * job.dilation_h * job.x.row + k * job.dilation_w * job.x.pixel, n) * load(w);
+    }
+  }
+  finish(acc, end, residual, y, n);
+}
+
+template <typename T>
+using DepthwiseTile = void (*)(const T*, int64_t, int64_t, int64_t, const float*, vf, const TileEnd<T>&, const T*, int64_t,
+                               T*, int64_t, int);
+
+template <typename T, int P>
+DepthwiseTile<T> pick_depthwise(int64_t kernel, int64_t stride) {
+  if (kernel == 3 && stride == 1) return &depthwise_tile<T, 3, 1, P>;
+  if (kernel == 3 && stride == 2) return &depthwise_tile<T, 3, 2, P>;
+  if (kernel == 5 && stride == 1) return &depthwise_tile<T, 5, 1, P>;
+  if (kernel == 5 && stride == 2) return &depthwise_tile<T, 5, 2, P>;
+  if (kernel == 7 && stride == 1) return &depthwise_tile<T, 7, 1, P>;
+  return nullptr;
+}
+
+template <typename T>
+void depthwise_kernel(const deploy::DepthwiseJob& job, const deploy::Places& at) {
+  constexpr int kWide = kLanes == 16 ? 7 : 3;
+  const bool plain = job.dilation_w == 1;
+  const DepthwiseTile<T> wide = plain ? pick_depthwise<T, kWide>(job.kernel_w, job.stride_w) : nullptr;
+  const DepthwiseTile<T> single = plain ? pick_depthwise<T, 1>(job.kernel_w, job.stride_w) : nullptr;
+  const int64_t vectors = (job.channels + kLanes - 1) / kLanes, taps = job.kernel_h * job.kernel_w;
+  const int64_t work = job.out_w * vectors * taps;
+  at::parallel_for(0, job.images * job.out_h, 1 + (1 << 15) / (work + 1), [&](int64_t begin, int64_t stop) {
+    const TileEnd<T> end = tile_end<T>(job.epilogue);
+    for (int64_t task = begin; task < stop; ++task) {
+      const int64_t image = task / job.out_h, line = task % job.out_h;
+      const T* x_row = (const T*)at.x + image * job.x.image + line * job.stride_h * job.x.row;
+      T* y_row = (T*)at.y + image * job.y.image + line * job.y.row;
+      const T* residual_row = residual_at<T>(at, job.residual, image, line);
+      for (int64_t vector = 0; vector < vectors; ++vector) {
+        const int64_t c = vector * kLanes;
+        const int n = std::min<int64_t>(kLanes, job.channels - c);
+        const float* w = job.weight + c * taps;
+        const vf bias = load(job.epilogue.bias + c);
+        for (int64_t j = 0; j < job.out_w;) {
+          const T* x = x_row + j * job.stride_w * job.x.pixel + c;
+          const T* residual = residual_row ? residual_row + j * job.residual.pixel + c : nullptr;
+          T* y = y_row + j * job.y.pixel + c;
+          if (!wide) {
+            depthwise_any(job, x, w, bias, end, residual, y, n);
+            ++j;
+            continue;
+          }
+          const bool fits = j + kWide <= job.out_w;
+          (fits ? wide : single)(x, job.dilation_h * job.x.row, job.x.pixel, job.kernel_h, w, bias, end, residual,
+                                 job.residual.pixel, y, job.y.pixel, n);
+          j += fits ? kWide : 1;
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void pool_kernel(const deploy::PoolJob& job, const deploy::Places& at) {
+  const int64_t work = job.out_w * job.channels * job.kernel_h * job.kernel_w / kLanes;
+  at::parallel_for(0, job.images * job.out_h, 1 + (1 << 14) / (work + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / job.out_h, line = task % job.out_h;
+      const int64_t top = line * job.stride_h - job.pad_h;
+      const T* x_image = (const T*)at.x + image * job.x.image;
+      T* y_row = (T*)at.y + image * job.y.image + line * job.y.row;
+      for (int64_t j = 0; j < job.out_w; ++j) {
+        const int64_t left = j * job.stride_w - job.pad_w;
+        int64_t count = job.kernel_h * job.kernel_w;
+        if (!job.max) {
+          // As in PyTorch: padding counts, but not what a window has beyond it.
+          const auto inside = [&](int64_t from, int64_t size, int64_t pad, int64_t kernel) {
+            const int64_t low = job.count_padding ? from : std::max<int64_t>(from, 0);
+            return std::min(from + kernel, size + (job.count_padding ? pad : 0)) - low;
+          };
+          count = inside(top, job.in_h, job.pad_h, job.kernel_h) * inside(left, job.in_w, job.pad_w, job.kernel_w);
+        }
+        const float share = 1.0f / static_cast<float>(count);
+        for (int64_t c = 0; c < job.channels; c += kLanes) {
+          const int n = std::min<int64_t>(kLanes, job.channels - c);
+          vf acc = splat(job.max ? -std::numeric_limits<float>::infinity() : 0.0f);
+          for (int64_t ky = 0; ky < job.kernel_h; ++ky) {
+            const int64_t row = top + ky * job.dilation_h;
+            if (row < 0 || row >= job.in_h) continue;
+            for (int64_t kx = 0; kx < job.kernel_w; ++kx) {
+              const int64_t column = left + kx * job.dilation_w;
+              if (column < 0 || column >= job.in_w) continue;
+              const vf value = get_some(x_image + row * job.x.row + column * job.x.pixel + c, n);
+              acc = job.max ? ((value > acc) | (value != value) ? value : acc) : acc + value;
+            }
+          }
+          put_some(y_row + j * job.y.pixel + c, job.max ? acc : acc * share, n);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void pointwise_kernel(const deploy::PointwiseJob& job, const deploy::Places& at) {
+  at::parallel_for(0, job.images * job.h, 1 + (1 << 15) / (job.w * job.channels + 1), [&](int64_t begin, int64_t stop) {
+    const TileEnd<T> end = tile_end<T>(job.epilogue);
+    const float *scale = job.scale, *bias = job.epilogue.bias;
+    for (int64_t task = begin; task < stop; ++task) {
+      const int64_t image = task / job.h, line = task % job.h;
+      const T* x = (const T*)at.x + image * job.x.image + line * job.x.row;
+      T* y = (T*)at.y + image * job.y.image + line * job.y.row;
+      const T* residual = residual_at<T>(at, job.residual, image, line);
+      for (int64_t j = 0; j < job.w; ++j) {
+        for (int64_t c = 0; c < job.channels; c += kLanes) {
+          const int n = std::min<int64_t>(kLanes, job.channels - c);
+          vf v = get_some(x + j * job.x.pixel + c, n);
+          if (scale) v *= load(scale + c);
+          if (bias) v += load(bias + c);
+          finish(v, end, residual ? residual + j * job.residual.pixel + c : nullptr, y + j * job.y.pixel + c, n);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+deploy::Kernels kernels_of() {
+  return {kLanes, kTileRegisters, &conv_kernel<T>, &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
+}

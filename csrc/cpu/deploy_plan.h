@@ -1,0 +1,47 @@
+// The making of a Plan.
+#pragma once
+
+#include <utility>
+
+#include "deploy.h"
+
+namespace slimkernels::deploy {
+
+class Planner {
+ public:
+  Planner(const Bound& bound, const std::vector<at::Tensor>& inputs);
+
+  Plan plan;
+
+ private:
+  const Bound& bound;
+  const Program& program;
+  const std::vector<at::Tensor>& inputs;
+  std::vector<char> imported;                  // inputs that are copied first
+  std::vector<std::pair<int, int>> exported;   // values that are copied to an output at the end
+
+  int inputs_count() const { return static_cast<int>(program.input_ranks.size()); }
+  bool native_conv(size_t step) const;
+  int last_use(int value) const;
+  void shapes();
+  bool infer(const Step& step, const Weights& weights);
+  void memory();
+  void places();
+  void actions();
+  void act(int step);
+  void conv(int step);
+  void depthwise(int step);
+  void zeros(int value);
+  void copy(int from, int to, int step, int64_t x_shift, int64_t y_shift, int64_t w, int64_t c);
+  void pointwise(int step, int x, int residual, const float* scale, const float* bias);
+  Plane plane(int value) const;
+  int64_t first_pixel(int value) const;  // bytes from a root's memory to the value's first pixel
+};
+
+// Strides of a channels-last tensor without gaps; sizes of 1 may have any.
+bool channels_last(const at::Tensor& t);
+
+// Register tile of a convolution: vectors of outputs, pixels.
+std::pair<int64_t, int64_t> pick_tile(const Kernels& kernels, int64_t out_w, int64_t vectors, int64_t depth);
+
+}  // namespace slimkernels::deploy

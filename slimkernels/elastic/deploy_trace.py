@@ -1,0 +1,76 @@
+"""The graph of a plain network for ``deploy``, and which line of it stops the trace where one does."""
+
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+_OWN = (str(Path(torch.__file__).parent), str(Path(__file__)))
+
+
+@dataclass
+class Traced:
+    graph: fx.Graph | None  # None: the whole network runs as it is
+    stopped: dict[str, str] = field(default_factory=dict)  # module that runs as it is -> line that stops the trace
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, opaque: set[str]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.failed: str | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque:
+            return True
+        return super().is_leaf_module(m, module_qualified_name) or _is_torch_layer(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None:
+                self.failed = self.path_of_module(m)
+            raise
+
+
+def _is_torch_layer(module: nn.Module) -> bool:
+    """A user's subclass of a layer of torch that computes as that layer does."""
+    cls = type(module)
+    base: Any = next((b for b in cls.__mro__ if b.__module__.startswith("torch.nn.modules")), nn.Module)
+    if base in (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        return False
+    return all(getattr(cls, m, None) is getattr(base, m, None) for m in ("forward", "_conv_forward", "__call__"))
+
+
+def trace(net: nn.Module) -> Traced:
+    """The operations of a network as a graph whose modules are layers of torch, and those that cannot be traced."""
+    opaque: set[str] = set()
+    stopped: dict[str, str] = {}
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            graph = tracer.trace(net)
+        # A network is any Python: what it raises on a stand-in for a tensor can be anything. It is put into the report.
+        except Exception as error:
+            name = tracer.failed or ""
+            stopped[name] = _line(error)
+            if not name or name in opaque:
+                return Traced(None, stopped)
+            opaque.add(name)
+            continue
+        return Traced(graph, stopped)
+
+
+def _line(error: Exception) -> str:
+    """The innermost line of the network's own code, and what was raised there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(_OWN)]
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not own:
+        return reason
+    frame = own[-1]
+    return f"{frame.filename}:{frame.lineno}: {(frame.line or '').strip()} ({reason})"
