@@ -107,7 +107,7 @@ void Planner::pointwise(int index, int from, int residual, const float* scale, c
 void Planner::depthwise(int index) {
   const Step& step = program.steps[index];
   const Weights& w = bound.weights[index];
-  const Value &x = plan.values[step.inputs[0]], &y = plan.values[step.output];
+  const Value& y = plan.values[step.output];
   DepthwiseJob job{};
   job.images = y.n, job.out_h = y.h, job.out_w = y.w, job.channels = y.c;
   job.kernel_h = w.kernel_h, job.kernel_w = w.kernel_w;
@@ -117,7 +117,6 @@ void Planner::depthwise(int index) {
   job.weight = w.packed.const_data_ptr<float>();
   job.epilogue = {step.activation, w.bias.const_data_ptr<float>()};
   const int64_t shift = first_pixel(step.inputs[0]) - (w.padding[0] * job.x.row + w.padding[1] * job.x.pixel) * bound.element;
-  (void)x;
   plan.actions.push_back({Runs::kDepthwise, static_cast<int>(plan.depthwises.size()), step.inputs[0], step.residual,
                           step.output, shift, first_pixel(step.output), index});
   plan.depthwises.push_back(job);

@@ -17,8 +17,6 @@ from slimkernels.elastic.extract import subnetwork
 from slimkernels.elastic.plan import Depth, Width, plan, unwrap
 from slimkernels.elastic.transform import batch_norms
 
-Setting = tuple[Width, Depth]
-
 
 def deploy(
     model: nn.Module,
@@ -26,6 +24,7 @@ def deploy(
     widths: Iterable[Width | tuple[Width, Depth]] | None = None,
     dtype: torch.dtype | None = None,
     max_cache_bytes: int = 2**30,
+    method: str = "forward",
 ) -> "Deployed":
     """An inference form of an elastic model: the same outputs as ``extract(model, width, depth)`` in eval mode, faster.
 
@@ -45,9 +44,10 @@ def deploy(
         dtype: of weights and activations; inputs are cast to it. None: the model's. ``torch.bfloat16`` needs AVX512-BF16
             (with the C++ kernels) and sums in float32.
         max_cache_bytes: bound of the packed weights; those that were used least recently make way.
+        method: what calling the result runs, another than ``forward`` (``stream`` of the audio models, say).
 
-    Raises: ValueError when a width or depth is not legal or one width needs more than ``max_cache_bytes``, TypeError for
-        a dtype that is not floating point, RuntimeError when the machine has no bfloat16 products.
+    Raises: ValueError when a width or depth is not legal, one width needs more than ``max_cache_bytes`` or there is no
+        such method, TypeError for a dtype that is not floating point, RuntimeError when the machine has no bfloat16 products.
     Source: spec of Universally Slimmable Networks (arXiv 1903.05134): one network, any width at run time.
     """
     known = plan(model)
@@ -62,7 +62,9 @@ def deploy(
         dtype = torch.float32 if parameter is None else parameter.dtype
     if dtype == torch.bfloat16 and device.type == "cpu" and _C is not None and not _C.deploy_has_bfloat16():
         raise RuntimeError("deploy: this machine has no bfloat16 products (AVX512-BF16); use dtype=torch.float32")
-    made = Deployed(inner, dtype, device, max_cache_bytes)
+    if not callable(getattr(inner, method, None)):
+        raise ValueError(f"deploy: expected the name of a method of {type(inner).__name__}, got {method!r}")
+    made = Deployed(inner, dtype, device, max_cache_bytes, method)
     settings = [w if isinstance(w, tuple) else (w, None) for w in widths or ()]
     for width, depth in reversed(settings):
         made.set_width(width, depth)
@@ -82,10 +84,14 @@ class Deployed(nn.Module):
     """What ``deploy`` gives; call it as the model. Its width is its own and belongs to it, not to the thread: any number
     of threads may call it at once, as long as none sets the width meanwhile."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device, max_cache_bytes: int) -> None:
+    _model: nn.Module
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device, max_cache_bytes: int, method: str
+    ) -> None:
         super().__init__()
         self.__dict__["_model"] = model  # not a submodule: its parameters are not this module's
-        self.dtype, self.device, self.max_cache_bytes = dtype, device, max_cache_bytes
+        self.dtype, self.device, self.max_cache_bytes, self.method = dtype, device, max_cache_bytes, method
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._forms: dict[frozenset[str], tuple[Traced, Form | None]] = {}
         self._apart: set[str] = set()  # nodes that PyTorch has to run
@@ -99,13 +105,31 @@ class Deployed(nn.Module):
         if self.dtype != torch.float32 or any(_other_dtype(a, self.dtype) for a in args) or kwargs:
             args, kwargs = tree_map(self._cast, (args, kwargs))
         with torch.no_grad():
-            while True:
-                try:
-                    return entry.root(*args, **kwargs) if entry.form is None else entry.form.run(entry.root, *args, **kwargs)
-                except Misfit as error:
-                    self._apart.add(error.node)
-                    self.clear()
-                    entry = self._current()
+            try:
+                return self._run(entry, args, kwargs)
+            except Misfit as error:
+                return self._run_apart({error.node}, args, kwargs)
+
+    def _run(self, entry: _Entry, args: Any, kwargs: Any) -> Any:
+        if entry.form is None:
+            return getattr(entry.root, self.method)(*args, **kwargs)
+        return entry.form.run(entry.root, *args, **kwargs)
+
+    def _run_apart(self, nodes: set[str], args: Any, kwargs: Any) -> Any:
+        """Leave nodes that don't fit the shapes of their inputs to PyTorch; when it can't run them either, the inputs are
+        wrong and nothing changes."""
+        before = set(self._apart)
+        while True:
+            self._apart |= nodes
+            self.clear()
+            try:
+                return self._run(self._current(), args, kwargs)
+            except Misfit as error:
+                nodes = {error.node}
+            except Exception:
+                self._apart = before
+                self.clear()
+                raise
 
     def set_width(self, width: Width, depth: Depth = None) -> None:
         """Run at ``width`` and ``depth`` from now on, as in ``elastic.set_width``; packs the weights on first use.
@@ -143,7 +167,9 @@ class Deployed(nn.Module):
     @property
     def cached(self) -> list[tuple[Width, Depth]]:
         """The widths and depths that are packed, least recently used first."""
-        return [(dict(w) if isinstance(w, tuple) else w, dict(d) if isinstance(d, tuple) else d) for w, d in self._entries]
+        return [
+            (dict(w) if isinstance(w, tuple) else w, dict(d) if isinstance(d, tuple) else d) for w, d in self._entries
+        ]
 
     @property
     def report(self) -> DeployReport:
@@ -215,7 +241,7 @@ class Deployed(nn.Module):
         root.eval()
         skipped = frozenset(skipped_blocks)
         if skipped not in self._forms:
-            traced = trace(root)
+            traced = trace(root, self.method)
             form = None if traced.graph is None else make_form(traced.graph, root, self._apart)
             self._forms[skipped] = traced, form
         form = self._forms[skipped][1]

@@ -23,6 +23,7 @@ class Step:
     residual: int
     activation: str
     numbers: tuple[int, ...]
+    rank: int  # of the inputs: 4 or 3 for images, 0 for rows
     module: str
     norm: str
     node: str  # name in the graph
@@ -86,8 +87,9 @@ def _functional(graph: fx.Graph, root: nn.Module) -> None:
         if node.op == "call_method":
             in_place = name.endswith("_") and not name.endswith("__")
         if in_place:
-            x = node.args[0]
-            x.replace_all_uses_with(node, delete_user_cb=lambda user, at=order[node]: order[user] > at)
+            later = [user for user in node.args[0].users if order[user] > order[node]]
+            for user in later:
+                user.replace_input_with(node.args[0], node)
 
 
 def _drop_idle(graph: fx.Graph, root: nn.Module) -> None:
@@ -163,13 +165,19 @@ def _fused_into(op: Op, made: dict[fx.Node, Op]) -> Op | None:
 
     x = op.inputs[0]
     found = open_for(x)
-    if op.kind == "affine" and found is not None and found.kind in ("conv", "linear"):
-        if found.residual is None and not found.norm:
-            found.norm = op.module
-            return found
+    foldable = found is not None and found.kind != "affine" and found.residual is None and not found.norm
+    if op.kind == "affine" and found is not None and foldable:
+        found.norm = op.module
+        return found
     if op.kind == "activation":
         adds = made.get(x)
-        if found is None and adds is not None and adds.kind == "add" and adds.activation == "none" and len(x.users) == 1:
+        if (
+            found is None
+            and adds is not None
+            and adds.kind == "add"
+            and adds.activation == "none"
+            and len(x.users) == 1
+        ):
             found = adds
         if found is not None:
             found.activation = op.activation
@@ -190,7 +198,10 @@ def _levels(graph: fx.Graph, fused: _Fused) -> dict[fx.Node, int]:
     ops = fused.ops
     levels: dict[fx.Node, int] = {}
     in_order = any(_writes(node) for node in graph.nodes if node not in ops and node not in fused.into)
-    running, ours = 0, False  # where nodes keep their order: that of the last one, and whether it was an operation of ours
+    running, ours = (
+        0,
+        False,
+    )  # where nodes keep their order: that of the last one, and whether it was an operation of ours
     for node in graph.nodes:
         if node in fused.into:
             continue
@@ -289,17 +300,19 @@ def _add_segment(
         read = tuple(number(x, op.input_rank) for x in op.inputs)
         residual = -1 if op.residual is None else number(op.residual, op.rank)
         numbers[node] = len(inputs) + len(steps)
+        assert op.input_rank is not None
         steps.append(
             Step(
-                op.kind,
-                read,
-                numbers[node],
-                residual,
-                op.activation,
-                tuple(op.numbers),
-                op.module,
-                op.norm,
-                node.name,
+                kind=op.kind,
+                inputs=read,
+                output=numbers[node],
+                residual=residual,
+                activation=op.activation,
+                numbers=tuple(op.numbers),
+                rank=op.input_rank,
+                module=op.module,
+                norm=op.norm,
+                node=node.name,
             )
         )
     leaving = [node for node in own if any(fused.reader(user) not in own for user in node.users)]

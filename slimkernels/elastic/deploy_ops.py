@@ -65,7 +65,6 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-
 def as_op(node: fx.Node, root: nn.Module) -> Op | None:
     """The node as an operation of ours; None when PyTorch runs it."""
     if node.op == "call_module":
@@ -153,7 +152,7 @@ def _of_function(node: fx.Node) -> Op | None:
     first = args[0] if args else None
     if target in (operator.add, operator.iadd, torch.add) and len(args) == 2 and not kwargs:
         if all(isinstance(a, fx.Node) for a in args):
-            return Op("add", node, list(args))  # type: ignore[arg-type]
+            return Op("add", node, [a for a in args if isinstance(a, fx.Node)])
         return None
     if target is F.gelu and isinstance(first, fx.Node) and len(args) == 1:
         approximate = kwargs.get("approximate", "none")
@@ -163,7 +162,7 @@ def _of_function(node: fx.Node) -> Op | None:
     if target is torch.cat:
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         if isinstance(first, (list, tuple)) and all(isinstance(a, fx.Node) for a in first) and isinstance(dim, int):
-            return Op("cat", node, list(first), numbers=[dim])  # type: ignore[arg-type]
+            return Op("cat", node, [a for a in first if isinstance(a, fx.Node)], numbers=[dim])
     if target is torch.flatten and isinstance(first, fx.Node) and args[1:] == (1,) and not kwargs:
         return Op("flatten", node, [first], ROWS)
     if target in (F.adaptive_avg_pool2d, F.adaptive_avg_pool1d) and isinstance(first, fx.Node):

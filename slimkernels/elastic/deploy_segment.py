@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slimkernels._extension import _C
 from slimkernels.elastic.deploy_form import SegmentForm, Step
-from slimkernels.elastic.deploy_ops import symmetric_padding
+from slimkernels.elastic.deploy_ops import LINE, symmetric_padding
 from slimkernels.reference._activation import activation as apply_activation
 
 
@@ -155,7 +155,6 @@ class TorchSegment(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         values: list[Tensor] = list(inputs)
-        lines = {i for i, rank in enumerate(self.form.ranks) if rank == 3}
         for step, layer in zip(self.form.steps, self.layers, strict=True):
             y = _run(step, layer, [values[i] for i in step.inputs])
             if step.residual >= 0:
@@ -165,7 +164,6 @@ class TorchSegment(nn.Module):
             if y.untyped_storage().data_ptr() in {values[i].untyped_storage().data_ptr() for i in step.inputs}:
                 y = y.clone()
             values.append(y)
-        del lines
         return [values[i] for i in self.form.outputs]
 
 
@@ -176,9 +174,9 @@ def _run(step: Step, layer: Layer | None, inputs: list[Tensor]) -> Tensor:
         return F.linear(x, layer.weight.flatten(1), layer.bias)
     if step.kind == "conv":
         assert layer is not None
-        line = x.dim() == 3 and layer.weight.shape[2] == 1 and n == (3,)
+        line = step.rank == LINE  # weights of two dimensions run it
         y = torch.convolution(
-            x.unsqueeze(2) if line else x,
+            x.unsqueeze(-2) if line else x,
             layer.weight,
             layer.bias,
             layer.stride,
@@ -188,23 +186,24 @@ def _run(step: Step, layer: Layer | None, inputs: list[Tensor]) -> Tensor:
             layer.output_padding,
             layer.groups,
         )
-        return y.squeeze(2) if line else y
+        return y.squeeze(-2) if line else y
     if step.kind == "affine":
-        assert layer is not None and layer.bias is not None
-        shape = (-1,) if n == (0,) else (-1, *([1] * (x.dim() - 2)))
+        assert layer is not None
+        assert layer.bias is not None
+        shape = (-1, *([1] * (step.rank - 2))) if step.rank else (-1,)
         return x * layer.weight.view(shape) + layer.bias.view(shape)
     if step.kind == "add":
         return x + inputs[1]
     if step.kind in ("max_pool", "avg_pool"):
-        images = x.unsqueeze(2) if x.dim() == 3 else x
+        images = x.unsqueeze(-2) if step.rank == LINE else x
         kernel, stride, padding, dilation = n[0:2], n[2:4], n[4:6], n[6:8]
         if step.kind == "max_pool":
             y = F.max_pool2d(images, kernel, stride, padding, dilation, bool(n[8]))
         else:
             y = F.avg_pool2d(images, kernel, stride, padding, bool(n[8]), bool(n[9]))
-        return y.squeeze(2) if x.dim() == 3 else y
+        return y.squeeze(-2) if step.rank == LINE else y
     if step.kind == "global_pool":
-        return x.mean(tuple(range(2, x.dim())), keepdim=True)
+        return x.mean((-1,) if step.rank == LINE else (-2, -1), keepdim=True)
     if step.kind == "cat":
         return torch.cat(inputs, -1 if n[0] else 1)
     if step.kind == "narrow":

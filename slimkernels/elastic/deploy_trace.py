@@ -18,8 +18,9 @@ class Traced:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, opaque: set[str]) -> None:
+    def __init__(self, opaque: set[str], method: str) -> None:
         super().__init__()
+        self.traced_func_name = method
         self.opaque = opaque
         self.failed: str | None = None
 
@@ -46,12 +47,12 @@ def _is_torch_layer(module: nn.Module) -> bool:
     return all(getattr(cls, m, None) is getattr(base, m, None) for m in ("forward", "_conv_forward", "__call__"))
 
 
-def trace(net: nn.Module) -> Traced:
-    """The operations of a network as a graph whose modules are layers of torch, and those that cannot be traced."""
+def trace(net: nn.Module, method: str) -> Traced:
+    """The operations of a method of a network as a graph whose modules are layers of torch, and those that cannot be traced."""
     opaque: set[str] = set()
     stopped: dict[str, str] = {}
     while True:
-        tracer = _Tracer(opaque)
+        tracer = _Tracer(opaque, method)
         try:
             graph = tracer.trace(net)
         # A network is any Python: what it raises on a stand-in for a tensor can be anything. It is put into the report.

@@ -12,6 +12,7 @@ from slimkernels.models.shufflenet import ShuffleNetV2, shufflenet_v2
 from slimkernels.models.unet import UNet, unet
 from slimkernels.models.vgg import VGG, vgg11, vgg16
 from slimkernels.models.vit import VisionTransformer, vit_small
+from slimkernels.models.wavenet import WaveNet, wavenet
 
 __all__ = [
     "BSRNN",
@@ -27,6 +28,7 @@ __all__ = [
     "ShuffleNetV2",
     "UNet",
     "VisionTransformer",
+    "WaveNet",
     "cifar_resnet20",
     "cifar_resnet56",
     "convnext_tiny",
@@ -41,4 +43,5 @@ __all__ = [
     "vgg11",
     "vgg16",
     "vit_small",
+    "wavenet",
 ]
