@@ -2,7 +2,7 @@
 
 from slimkernels.hyper.batch_norm import Scale, fold_batch_norm, replace_batch_norm
 from slimkernels.hyper.generator import WeightGenerator
-from slimkernels.hyper.initial import match_outputs
+from slimkernels.hyper.initial import match_outputs, reconstruct
 from slimkernels.hyper.permutation import Permutation, smooth_permutation
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "WeightGenerator",
     "fold_batch_norm",
     "match_outputs",
+    "reconstruct",
     "replace_batch_norm",
     "smooth_permutation",
 ]

@@ -12,6 +12,7 @@ from slimkernels.elastic.plan import Width, unwrap
 from slimkernels.elastic.trace import as_call
 from slimkernels.hyper.networks import InrNetworks, auto_bands
 from slimkernels.hyper.permutation import permutation_of
+from slimkernels.hyper.state import changed, difference, fingerprint
 from slimkernels.hyper.targets import Target, Tile, _fits, find
 from slimkernels.ops.inr_weights import NOISE
 
@@ -38,6 +39,10 @@ class WeightGenerator(nn.Module):
         example_inputs: for a plain target; ``convert`` is then called with it and the keywords in ``convert``.
         hidden, layers: size and number of layers of a coordinate network.
         bands: frequencies of its input encoding; "auto" takes as many as the largest tensor needs.
+        size_bands: of them, those for the active sizes; None: all, as published.
+        skip: the residual scalars of its layers at the start; published: 0.1, with which it learns several times slower.
+        standardized: without base, give every output channel of a matrix mean 0 and the variance that keeps that of the
+            activations, at every width: training from scratch needs it where no batch norm follows.
         mlp: a network for each tensor ("per_tensor") or one for all ("shared").
         noise: "axis" or "element" shifts coordinates at random in training mode, and for the mean over samples; "none".
         tile: (output, input) channels that one coordinate emits together, for matrices and 1x1 convolutions; or a dict
@@ -56,6 +61,9 @@ class WeightGenerator(nn.Module):
         hidden: int = 256,
         layers: int = 4,
         bands: int | str = "auto",
+        size_bands: int | None = 1,
+        skip: float = 1.0,
+        standardized: bool = False,
         activation: str = "relu",
         base: str | None = "residual",
         mlp: str = "per_tensor",
@@ -76,7 +84,13 @@ class WeightGenerator(nn.Module):
                 )
         if bands != "auto" and (isinstance(bands, bool) or not isinstance(bands, int) or bands < 1):
             raise ValueError(f"WeightGenerator: expected bands to be a positive integer or 'auto', got {bands!r}")
-        self.base, self.noise = base, noise
+        if size_bands is not None and (
+            isinstance(size_bands, bool) or not isinstance(size_bands, int) or size_bands < 0
+        ):
+            raise ValueError(f"WeightGenerator: expected size_bands to be an integer or None, got {size_bands!r}")
+        if standardized and base is not None:
+            raise ValueError(f"WeightGenerator: expected standardized weights without base only, got base={base!r}")
+        self.base, self.noise, self.standardized = base, noise, standardized
         self.target = _elastic(target, example_inputs, convert)
         plan = elastic.plan(self.target)
         self.targets = find(self.target, plan, tensors, tile)
@@ -84,12 +98,16 @@ class WeightGenerator(nn.Module):
         self.blocks = _check_blocks(blocks, self.targets)
         full = plan.units("WeightGenerator", 1.0)
         sizes = [size for t in self.targets for size in t.active(full)]
+        count = auto_bands(self.targets, full) if isinstance(bands, str) else bands
         options: dict[str, Any] = {
             "total": len(self.targets),
             "norm": float(max(len(self.targets), *sizes)),
             "hidden": hidden,
             "layers": layers,
-            "bands": auto_bands(self.targets, full) if bands == "auto" else bands,
+            "bands": count,
+            "size_bands": count if size_bands is None else min(size_bands, count),
+            "skip": skip,
+            "standardized": standardized,
             "outputs": max(t.outputs for t in self.targets),
             "activation": activation,
             "shared": mlp == "shared",
@@ -176,16 +194,25 @@ class WeightGenerator(nn.Module):
 
     @torch.no_grad()
     def materialize(
-        self, width: Width = 1.0, samples: int = 1, *, seed: int = 0, blocks: int | None = None
+        self,
+        width: Width = 1.0,
+        samples: int = 1,
+        *,
+        seed: int = 0,
+        blocks: int | None = None,
+        noisy: bool | None = None,
     ) -> nn.Module:
         """A plain network of torch layers at ``width`` that has the generated weights.
+
+        Args:
+            noisy: shift coordinates; None: with several ``samples`` only.
 
         Raises: ValueError when the target has no such width.
         """
         units = elastic.plan(self.target).units("WeightGenerator", width)
         plain = elastic.extract(self.target, width)
         parameters = dict(plain.named_parameters())
-        noise = self.noise if samples > 1 else "none"
+        noise = self.noise if (samples > 1 if noisy is None else noisy) else "none"
         for name, weight in self._generate(units, noise, seed, samples, 0, blocks).items():
             parameters[name].copy_(weight)
         return plain
@@ -285,6 +312,7 @@ class WeightGenerator(nn.Module):
             "groups": {group.name: group.units for group in plan.groups.values()},
             "divisor": plan.divisor,
             "permutation": permutation_of(self.target),
+            "weights": None if self.base is None else fingerprint(self.originals()),
         }
 
     def set_extra_state(self, state: Any) -> None:
@@ -295,25 +323,25 @@ class WeightGenerator(nn.Module):
         for key, what in (("tensors", "tensors"), ("groups", "width dimensions"), ("divisor", "divisor")):
             if state[key] != ours[key]:
                 raise ValueError(
-                    f"WeightGenerator: the state is of another target: expected {what} {_difference(ours[key], state[key])}"
+                    f"WeightGenerator: the state is of another target: expected {what} {difference(ours[key], state[key])}"
                 )
         for key in ("base", "tiles"):
             if state[key] != ours[key]:
                 raise ValueError(f"WeightGenerator: expected a state with {key} {ours[key]}, got {state[key]}")
+        if ours["weights"] is not None and state.get("weights") is not None:
+            name = changed(ours["weights"], state["weights"], [t.name for t in self.targets])
+            if name is not None:
+                raise ValueError(
+                    "WeightGenerator: the state is of another target: expected one with the same pre-trained weights, which"
+                    f" the residual is added to, got other weights in {name!r}"
+                )
         if state["permutation"] is not None:
             self.target.__dict__["_permutation"] = state["permutation"]
 
 
-def _difference(ours: Any, theirs: Any) -> str:
-    """The first entry in which two descriptions differ."""
-    if isinstance(ours, dict):
-        ours, theirs = ([list(item) for item in d.items()] for d in (ours, theirs))
-    if not isinstance(ours, list):
-        return f"{ours}, got {theirs}"
-    if len(ours) != len(theirs):
-        return f"in number {len(ours)}, got {len(theirs)}"
-    mine, other = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
-    return f"{mine}, got {other}"
+def full_units(generator: WeightGenerator) -> dict[str, int]:
+    """Active units of every width dimension at full width."""
+    return elastic.plan(generator.target).units("WeightGenerator", 1.0)
 
 
 def _check(name: str, value: Any, allowed: tuple) -> None:

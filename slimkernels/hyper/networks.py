@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from slimkernels.hyper.targets import Target
 from slimkernels.ops import InrParameters, InrTensor, inr_weights
+from slimkernels.reference.inr_weights import AXES, axis_columns
 
 _BIAS_SHARE = 0.05  # of the original's size: as in random initialisation, biases start near zero
 
@@ -18,7 +19,12 @@ class InrNetworks(nn.Module):
     Args:
         first, total: the place of the first tensor among all that the generator makes, and their number.
         norm: divides the coordinates that say how large the network is.
+        size_bands: frequencies of those coordinates; more than a few, and the weights at a width that was never trained
+            have nothing to do with those at its neighbours.
+        skip: the residual scalars at the start.
         zero: start with an output of zero.
+        standardized: every output channel of a matrix has mean 0 and the variance 2 / inputs, times a learned number a
+            tensor, at every width.
     """
 
     def __init__(
@@ -35,6 +41,9 @@ class InrNetworks(nn.Module):
         activation: str,
         shared: bool,
         zero: bool,
+        size_bands: int,
+        skip: float,
+        standardized: bool,
     ) -> None:
         super().__init__()
         self.targets, self.norm, self.activation = tuple(targets), norm, activation
@@ -42,14 +51,17 @@ class InrNetworks(nn.Module):
             t.inr(first + i, total, 0 if shared else i) for i, t in enumerate(self.targets)
         ]
         count, depth, encoding = 1 if shared else len(targets), layers - 1, 6 + 12 * bands
-        self.w_in = nn.Parameter(_uniform(encoding, count, hidden, encoding))
+        used = _used_columns(bands, size_bands)
+        self.register_buffer("used", None if used.all() else used, persistent=False)
+        self.w_in = nn.Parameter(_uniform(encoding, count, hidden, encoding) * used)
         self.b_in = nn.Parameter(_uniform(encoding, count, hidden))
         self.w_hidden = nn.Parameter(_uniform(hidden, count, depth, hidden, hidden))
         self.b_hidden = nn.Parameter(_uniform(hidden, count, depth, hidden))
-        self.skip = nn.Parameter(torch.full((count, depth), 0.1))
+        self.skip = nn.Parameter(torch.full((count, depth), float(skip)))
         self.w_out = nn.Parameter(_uniform(hidden, count, outputs, hidden) * (0 if zero else 1))
         self.b_out = nn.Parameter(_uniform(hidden, count, outputs) * (0 if zero else 1))
         self.scale = nn.Parameter(torch.ones(len(targets)))
+        self.gain = nn.Parameter(torch.ones(len(targets))) if standardized else None
 
     @property
     def names(self) -> list[str]:
@@ -67,7 +79,7 @@ class InrNetworks(nn.Module):
         first_sample: int,
     ) -> dict[str, Tensor]:
         parameters = InrParameters(
-            self.w_in, self.b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out
+            self._w_in(), self.b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out
         )
         base = None if originals is None else [t.base(originals[t.name], units).float() for t in self.targets]
         generated = inr_weights(
@@ -84,8 +96,16 @@ class InrNetworks(nn.Module):
             first_sample=first_sample,
             dtype=torch.float32 if self.w_in.dtype != torch.float64 else None,
         )
-        triples = zip(self.targets, generated, dtypes, strict=True)
-        return {t.name: w.reshape(t.shape_at(units)).to(dtype) for t, w, dtype in triples}
+        weights = {}
+        for i, (target, w, dtype) in enumerate(zip(self.targets, generated, dtypes, strict=True)):
+            if self.gain is not None and target.layout != "bias":
+                w = _standardized(w, 1 if target.layout == "iohw" else 0) * self.gain[i]
+            weights[target.name] = w.reshape(target.shape_at(units)).to(dtype)
+        return weights
+
+    def _w_in(self) -> Tensor:
+        used = self.get_buffer("used") if self._buffers["used"] is not None else None
+        return self.w_in if used is None else self.w_in * used
 
     @torch.no_grad()
     def scale_to(self, units: Mapping[str, int], originals: Mapping[str, Tensor]) -> None:
@@ -116,6 +136,23 @@ class InrNetworks(nn.Module):
         at = self.tensors[index].mlp
         stacked = (self.w_in, self.b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out)
         return [p[at] for p in stacked] + [self.scale[index]]
+
+
+def _standardized(w: Tensor, channel: int) -> Tensor:
+    """Each output channel with mean 0 and mean square 2 / inputs: outputs of a ReLU layer keep their variance, and a
+    change that all weights of a channel share changes nothing. (Qiao et al., Weight Standardization, arXiv 1903.10520)"""
+    inputs = tuple(d for d in range(w.dim()) if d != channel)
+    centered = w - w.mean(inputs, keepdim=True)
+    inverse = (centered.square().mean(inputs, keepdim=True) + 1e-10).rsqrt()
+    return centered * (inverse * math.sqrt(2 * w.shape[channel] / w.numel()))
+
+
+def _used_columns(bands: int, size_bands: int) -> Tensor:
+    """1 for the columns of the encoding that are used, 0 for the higher bands of the two sizes."""
+    used = torch.ones(AXES + 2 * AXES * bands)
+    for axis in (4, 5):
+        used[axis_columns(axis, bands, "neumeta")[1 + 2 * size_bands :]] = 0
+    return used
 
 
 def _uniform(fan_in: int, *shape: int) -> Tensor:

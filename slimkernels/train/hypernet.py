@@ -38,7 +38,9 @@ class HypernetTrainer(Trainer):
     | `residual`  | ``base="residual"``      | sandwich      | KL to the full width |
 
     Mode `blockwise` generates and trains one block after another: each starts as a copy of the one before, and earlier
-    ones stay as they are.
+    ones stay as they are. Without base, ``reconstruction_steps`` of regression onto the target's own weights
+    (``hyper.reconstruct``) come before the first step, and before the first step of every block: a network that does not
+    start there learns to give nothing, and its residual branch stays dead.
 
     Validation generates a plain network at each width (mean over ``eval_samples`` noisy samples) and says in the column
     ``seen`` whether the width is one of those trained.
@@ -53,6 +55,7 @@ class HypernetTrainer(Trainer):
         teacher: "full": the generated network at full width, which learns from the targets; "pretrained": the target with
             its own weights, in evaluation mode, for every width.
         weight_norm, reconstruction: weights of these losses; None: the mode's.
+        reconstruction_steps, reconstruction_lr: of ``hyper.reconstruct`` before the first step (of each block).
         samples: noisy samples that a training step averages.
         eval_samples: the same in validation; 1: no noise.
         eval_widths: None: the listed widths and the middles between them, or five over a range.
@@ -82,6 +85,8 @@ class HypernetTrainer(Trainer):
         distill_weight: float = 1.0,
         weight_norm: float | None = None,
         reconstruction: float | None = None,
+        reconstruction_steps: int = 0,
+        reconstruction_lr: float = 6e-3,
         samples: int = 1,
         eval_samples: int = 1,
         eval_widths: Sequence[float] | None = None,
@@ -103,6 +108,19 @@ class HypernetTrainer(Trainer):
         for name, value in (("samples", samples), ("eval_samples", eval_samples)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"HypernetTrainer: expected {name} to be a positive integer, got {value!r}")
+        if (
+            isinstance(reconstruction_steps, bool)
+            or not isinstance(reconstruction_steps, int)
+            or reconstruction_steps < 0
+        ):
+            raise ValueError(
+                f"HypernetTrainer: expected reconstruction_steps to be an integer of at least 0, got {reconstruction_steps!r}"
+            )
+        if reconstruction_steps and (generator.base is not None or generator.standardized):
+            raise ValueError(
+                "HypernetTrainer: expected reconstruction_steps with a generator that has no base and no standardized"
+                f" weights, got {reconstruction_steps}"
+            )
         super().__init__(generator, optimizer, train_loader=train_loader, val_loader=val_loader, **options)
         defaults = MODES[mode]
         self.generator: Any = generator
@@ -111,6 +129,7 @@ class HypernetTrainer(Trainer):
         self.teacher, self.distill_weight = teacher, distill_weight
         self.weight_norm = defaults["weight_norm"] if weight_norm is None else weight_norm
         self.reconstruction = defaults["reconstruction"] if reconstruction is None else reconstruction
+        self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
         self.samples, self.eval_samples = samples, eval_samples
         self.steps_per_block = steps_per_block
         self.block = -1  # of mode "blockwise": the one being trained
@@ -128,6 +147,8 @@ class HypernetTrainer(Trainer):
     def training_step(self, batches: list[Any]) -> dict[Any, Tensor]:
         if self.mode == "blockwise":
             self._enter_block()
+        elif self.step == 0:
+            self._reconstruct(None)
         self.optimizer.zero_grad(set_to_none=True)
         collected: dict[float, list[Tensor]] = {}
         for batch in batches:
@@ -206,6 +227,19 @@ class HypernetTrainer(Trainer):
                 generator.init_from(names[now - 1], names[now])
         self.block = now
         self._train_only(now)
+        self._reconstruct(now)
+
+    def _reconstruct(self, block: int | None) -> None:
+        if not self.reconstruction_steps:
+            return
+        from slimkernels.hyper import reconstruct
+
+        reconstruct(self.generator, self.reconstruction_steps, self.reconstruction_lr, block=block)
+        if self.ema is not None:
+            averages: Any = self.ema.module
+            parts = range(len(averages.networks)) if block is None else [block]
+            for i in parts:
+                averages.networks[i].load_state_dict(self.generator.networks[i].state_dict())
 
     def _train_only(self, block: int) -> None:
         for i, networks in enumerate(self.generator.networks):

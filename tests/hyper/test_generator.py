@@ -53,7 +53,7 @@ def test_residual_generator_starts_as_the_sliced_network(name):
 def test_functional_call_and_materialize_agree(name, base):
     net, x = nets.build(name)
     model = elastic.convert(net, x, divisor=1, norm="shared")
-    gen = disturb(generator(model, base=base))
+    gen = disturb(generator(model, base=base, skip=0.1))
     with torch.no_grad():
         plain, weights = gen.materialize(0.53), gen(0.53)
         named = dict(plain.named_parameters())
@@ -80,7 +80,7 @@ def test_elastic_target_takes_the_weights_directly():
 def test_weights_follow_the_formula():
     """Slice + scale * network(encoding) / inputs, spelled out for one tensor."""
     model, _ = digits()
-    gen = disturb(generator(model, tensors="conv_layers.3.weight", bands=2))
+    gen = disturb(generator(model, tensors="conv_layers.3.weight", bands=2, size_bands=None))
     n = gen.networks[0]
     got = gen(0.5)["conv_layers.3.weight"]
     c_out, c_in = got.shape[:2]
@@ -252,6 +252,13 @@ def test_state_round_trip_and_another_target():
     fresh.load_state_dict(copy.deepcopy(gen.state_dict()))
     assert torch.equal(fresh.call(x, 0.5), gen.call(x, 0.5))
     other = generator(elastic.convert(DigitCNN((8, 12, 20), 24), x, divisor=1))
+    weights = generator(elastic.convert(DigitCNN((8, 12, 16), 24), x, divisor=1))
+    kept = copy.deepcopy(weights.target.state_dict())
+    with pytest.raises(
+        ValueError, match=r"the same pre-trained weights, .* got other weights in 'conv_layers.0.weight'"
+    ):
+        weights.load_state_dict(gen.state_dict())
+    assert all(torch.equal(kept[k], v) for k, v in weights.target.state_dict().items() if isinstance(v, torch.Tensor))
     with pytest.raises(ValueError, match="the state is of another target: expected tensors"):
         other.load_state_dict(gen.state_dict())
     with pytest.raises(ValueError, match="expected a state with base"):
