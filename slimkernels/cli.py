@@ -151,7 +151,7 @@ def cifar(
 
 @train_app.command("hyper")
 def hypernet(
-    recipe: Annotated[str, typer.Option(help="'digits' or 'cifar'.")] = "digits",
+    recipe: Annotated[str, typer.Option(help="'digits', 'cifar' or 'last-block' (of the CIFAR network).")] = "digits",
     data: Annotated[Path | None, typer.Option(help="For cifar: the images, as for train cifar.")] = None,
     weights: Annotated[Path | None, typer.Option(help="For cifar: the trained weights, as for train cifar.")] = None,
     out: Out = Path("runs/hyper"),
@@ -161,6 +161,9 @@ def hypernet(
     arms: Annotated[str | None, typer.Option(help="Some of the arms only: how their names begin, with ';'.")] = None,
     test_images: Annotated[int | None, typer.Option(min=10, help="For cifar: test on so many images.")] = None,
     amp: Annotated[str | None, typer.Option(help="For cifar: 'bf16' for mixed precision.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="For last-block: file that keeps the frozen layers' outputs for the next run.")
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
@@ -168,17 +171,23 @@ def hypernet(
     from slimkernels.recipes import hyper
 
     names = None if arms is None else [name.strip() for name in arms.split(";")]
-    if recipe not in ("digits", "cifar"):
-        fail(f"train hyper: expected --recipe to be digits or cifar, got {recipe!r}")
+    if recipe not in ("digits", "cifar", "last-block"):
+        fail(f"train hyper: expected --recipe to be digits, cifar or last-block, got {recipe!r}")
 
     def build() -> Any:
         if recipe == "digits":
             return hyper.digit_recipe(steps, batch_size or 64, names)
         if data is None or weights is None:
-            raise ValueError("train hyper: expected --data and --weights with --recipe cifar, got none")
-        return hyper.cifar_recipe(
-            data, weights, steps=steps, batch_size=batch_size or 128, arms=names, test_images=test_images, amp=amp
-        )
+            raise ValueError(f"train hyper: expected --data and --weights with --recipe {recipe}, got none")
+        options: dict[str, Any] = {
+            "steps": steps,
+            "batch_size": batch_size or 128,
+            "arms": names,
+            "test_images": test_images,
+        }
+        if recipe == "last-block":
+            return hyper.last_block_recipe(data, weights, features=features, **options)
+        return hyper.cifar_recipe(data, weights, amp=amp, **options)
 
     run_recipe(build, out, resume, seed, threads, hyper.run)
 

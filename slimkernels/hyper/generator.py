@@ -39,7 +39,8 @@ class WeightGenerator(nn.Module):
         example_inputs: for a plain target; ``convert`` is then called with it and the keywords in ``convert``.
         hidden, layers: size and number of layers of a coordinate network.
         bands: frequencies of its input encoding; "auto" takes as many as the largest tensor needs.
-        size_bands: of them, those for the active sizes; None: all, as published.
+        size_bands: of them, those for the active sizes, and none for coordinates that never change; None: all of them for
+            every coordinate, as published.
         skip: the residual scalars of its layers at the start; published: 0.1, with which it learns several times slower.
         standardized: without base, give every output channel of a matrix mean 0 and the variance that keeps that of the
             activations, at every width: training from scratch needs it where no batch norm follows.
@@ -105,7 +106,7 @@ class WeightGenerator(nn.Module):
             "hidden": hidden,
             "layers": layers,
             "bands": count,
-            "size_bands": count if size_bands is None else min(size_bands, count),
+            "size_bands": None if size_bands is None else min(size_bands, count),
             "skip": skip,
             "standardized": standardized,
             "outputs": max(t.outputs for t in self.targets),

@@ -19,8 +19,9 @@ class InrNetworks(nn.Module):
     Args:
         first, total: the place of the first tensor among all that the generator makes, and their number.
         norm: divides the coordinates that say how large the network is.
-        size_bands: frequencies of those coordinates; more than a few, and the weights at a width that was never trained
-            have nothing to do with those at its neighbours.
+        size_bands: frequencies of the active sizes; with more than a few, the weights at a width that was never trained
+            have nothing to do with those at its neighbours. Coordinates that are the same for all that a network makes
+            get none then: noise on them would move all its weights together. None: all coordinates get all bands.
         skip: the residual scalars at the start.
         zero: start with an output of zero.
         standardized: every output channel of a matrix has mean 0 and the variance 2 / inputs, times a learned number a
@@ -41,7 +42,7 @@ class InrNetworks(nn.Module):
         activation: str,
         shared: bool,
         zero: bool,
-        size_bands: int,
+        size_bands: int | None,
         skip: float,
         standardized: bool,
     ) -> None:
@@ -51,7 +52,8 @@ class InrNetworks(nn.Module):
             t.inr(first + i, total, 0 if shared else i) for i, t in enumerate(self.targets)
         ]
         count, depth, encoding = 1 if shared else len(targets), layers - 1, 6 + 12 * bands
-        used = _used_columns(bands, size_bands)
+        groups = [self.targets] if shared else [(target,) for target in self.targets]
+        used = torch.stack([_used_columns(group, bands, size_bands) for group in groups])[:, None]  # (P, 1, E)
         self.register_buffer("used", None if used.all() else used, persistent=False)
         self.w_in = nn.Parameter(_uniform(encoding, count, hidden, encoding) * used)
         self.b_in = nn.Parameter(_uniform(encoding, count, hidden))
@@ -147,11 +149,17 @@ def _standardized(w: Tensor, channel: int) -> Tensor:
     return centered * (inverse * math.sqrt(2 * w.shape[channel] / w.numel()))
 
 
-def _used_columns(bands: int, size_bands: int) -> Tensor:
-    """1 for the columns of the encoding that are used, 0 for the higher bands of the two sizes."""
+def _used_columns(targets: Sequence[Target], bands: int, size_bands: int | None) -> Tensor:
+    """1 for the columns of the encoding that a network uses that makes ``targets``, else 0."""
     used = torch.ones(AXES + 2 * AXES * bands)
-    for axis in (4, 5):
-        used[axis_columns(axis, bands, "neumeta")[1 + 2 * size_bands :]] = 0
+    if size_bands is None:
+        return used
+    kept = {3: 0, 4: size_bands, 5: size_bands}
+    if len(targets) == 1:
+        outputs, inputs = targets[0].positions()
+        kept |= {0: 0} | ({1: 0} if outputs == 1 else {}) | ({2: 0} if inputs == 1 else {})
+    for axis, count in kept.items():
+        used[axis_columns(axis, bands, "neumeta")[1 + 2 * count :]] = 0
     return used
 
 

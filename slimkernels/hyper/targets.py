@@ -63,6 +63,13 @@ class Target:
             return sizes[1], sizes[0]
         return sizes[0], sizes[1] // self.per_unit
 
+    def positions(self) -> tuple[int, int]:
+        """Output and input positions of its coordinates at full width."""
+        if self.layout == "bias":
+            return self.shape[0], 1
+        outputs, inputs = self.shape[:2] if self.layout == "oihw" else self.shape[1::-1]
+        return -(-outputs // self.tile[0]), -(-inputs // self.per_unit // self.tile[1])
+
     def taken(self, full: Tensor, units: Mapping[str, int]) -> Tensor:
         """The active slice of a full tensor; a copy only where the active channels are not the first ones."""
         for axis, dim in enumerate(self.dims):

@@ -138,7 +138,7 @@ CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def prepared(x: Tensor) -> Tensor:
     """Images as the network wants them: uint8 (b, 3, h, w) are normalised for the CIFAR weights, floats are ready."""
     if x.dtype != torch.uint8:
-        return x
+        return x.float()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
     return (x.float() / 255 - mean) / std
 

@@ -65,10 +65,12 @@ def test_high_bands_of_the_sizes_are_not_used():
     gen, _ = block(bands=4, size_bands=1)
     n = gen.networks[0]
     sum(w.square().sum() for w in gen(0.5).values()).backward()
-    unused = n.used == 0
-    assert int(unused.sum()) == 2 * 2 * 3  # two axes, sine and cosine, three bands
-    assert not n.w_in[..., unused].any()
-    assert not n.w_in.grad[..., unused].any()
+    unused = (n.used == 0).expand_as(n.w_in)
+    weight, bias = n.used[0, 0], n.used[1, 0]  # of the first convolution
+    assert int((weight == 0).sum()) == 2 * 2 * 4 + 2 * 2 * 3  # layer and layers: no band, the two sizes: one of four
+    assert int((bias == 0).sum()) == 2 * 3 * 4 + 2 * 2 * 3  # nor the input channel, of which there is one
+    assert not n.w_in[unused].any()
+    assert not n.w_in.grad[unused].any()
     assert block(bands=4, size_bands=None)[0].networks[0].used is None
 
 

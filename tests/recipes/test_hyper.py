@@ -1,6 +1,7 @@
 """The recipe of generated weights on a few steps: what it writes, resuming, and what it refuses."""
 
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from slimkernels.cli import app
 from slimkernels.models import CifarResNet, DigitCNN
 from slimkernels.recipes import hyper
-from slimkernels.recipes.data import Split, load_into, load_weights
+from slimkernels.recipes.data import Split, load_into, load_weights, prepared
 
 QUIET = {"console": Console(quiet=True)}
 
@@ -24,6 +25,7 @@ def digit_recipe(steps: int, arms: list[str]) -> hyper.Recipe:
     recipe.data = small(recipe.data)
     recipe.widths, recipe.unseen = (1.0, 0.75, 0.5, 0.375, 0.25), (0.375,)
     recipe.generator = {**recipe.generator, "hidden": 16}
+    recipe.samples, recipe.sampled = (1, 2), (0.5, 0.375)
     return recipe
 
 
@@ -32,13 +34,15 @@ def test_digits_writes_what_it_says(tmp_path):
     with (tmp_path / "table.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [row["accuracy"] for row in read] == [row["accuracy"] for row in rows]
-    assert [row["arm"] for row in read[::5]] == ["sliced", "slimmable", "residual, axis noise"]
+    assert [row["arm"] for row in read[:15:5]] == ["sliced", "slimmable", "residual, axis noise"]
     assert [row["trained"] for row in read[5:10]] == ["yes", "yes", "yes", "no", "yes"]
+    sampled = [(row["arm"], row["samples"], row["width"]) for row in read[15:]]
+    assert sampled == [(f"residual, axis noise, mean of {k}", str(k), w) for k in (1, 2) for w in ("0.5", "0.375")]
     assert "probably part of the data" in read[0]["note"]
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     plain = DigitCNN((8, 16, 32), 64)
     load_into(plain, load_weights(tmp_path / "network-0.25.pt"), "network")
-    assert len(hyper.verdicts(rows)) == 3
+    assert len(hyper.verdicts(rows)) == 5
 
 
 def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
@@ -53,31 +57,66 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert [row["accuracy"] for row in actual] == [row["accuracy"] for row in expected]
 
 
-def test_every_cifar_arm_runs(tmp_path, monkeypatch):
+def cifar_files(tmp_path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (40, 3, 32, 32), generator=generator, dtype=torch.uint8)
     y = torch.arange(40) % 10
     monkeypatch.setattr(hyper, "cifar10", lambda *_: Split(x[:24], y[:24], x[24:], y[24:], "made-up images"))
-    torch.save(CifarResNet(20).state_dict(), tmp_path / "weights.pt")
-    recipe = hyper.cifar_recipe("data", tmp_path / "weights.pt", steps=3, batch_size=4)
-    recipe.widths, recipe.unseen = (1.0, 0.5, 0.25), (0.5,)
-    recipe.generator = {"hidden": 8, "layers": 2, "bands": 2}
-    rows = hyper.run(recipe, tmp_path / "out", **QUIET)
-    assert len(rows) == 3 * (3 + len(hyper.CIFAR_ARMS))
-    assert [row["arm"] for row in rows[::3]][3:6] == [
-        "last block: sliced",
-        "last block: slimmable",
-        "last block: neumeta",
+    network = CifarResNet(20)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    return network.eval(), x
+
+
+def tiny(recipe):
+    recipe.widths, recipe.unseen, recipe.samples, recipe.sampled = (1.0, 0.5, 0.25), (0.5,), (2,), (0.5,)
+    recipe.generator = {**recipe.generator, "hidden": 8, "layers": 2, "bands": 2}
+    recipe.arms = [
+        dataclasses.replace(arm, trainer={**arm.trainer, "reconstruction_steps": 2})
+        if "reconstruction_steps" in arm.trainer
+        else arm
+        for arm in recipe.arms
     ]
-    last = hyper.elastic.plan(hyper.converted(recipe, hyper.LAST))
-    assert list(last.groups) == ["layer3.2.conv1"]
+    return recipe
+
+
+def test_every_cifar_arm_runs(tmp_path, monkeypatch):
+    cifar_files(tmp_path, monkeypatch)
+    recipe = tiny(hyper.cifar_recipe("data", tmp_path / "weights.pt", steps=2, batch_size=4))
+    rows = hyper.run(recipe, tmp_path / "out", **QUIET)
+    arms = [row["arm"] for row in rows]
+    assert {arm: arms.count(arm) for arm in arms} == {
+        "sliced": 3, "slimmable": 3, "alone": 1, "residual": 3, "scratch": 3, "blockwise": 3
+    }  # fmt: skip
+    names = {t.name for t in hyper.make_trainer(
+        recipe, recipe.arms[2], hyper.converted(recipe), tmp_path / "t", 0, QUIET["console"], 2
+    ).generator.targets}  # fmt: skip
+    assert names == {f"{block}.conv{i}.weight" for block in hyper.BLOCKS for i in (1, 2)}
+
+
+def test_every_arm_of_the_last_block_runs(tmp_path, monkeypatch):
+    network, x = cifar_files(tmp_path, monkeypatch)
+    files = {"weights": tmp_path / "weights.pt", "features": tmp_path / "features.pt"}
+    recipe = tiny(hyper.last_block_recipe("data", **files, steps=2, batch_size=4))
+    with torch.no_grad():  # the frozen layers and the block give what the network does
+        expected, got = network(prepared(x[24:])), recipe.network(prepared(recipe.data.test_x))
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+    rows = hyper.run(recipe, tmp_path / "out", **QUIET)
+    assert [row["arm"] for row in rows if row["samples"]] == [
+        "neumeta, axis noise, mean of 2",
+        "neumeta, element noise, mean of 2",
+    ]
+    again = hyper.last_block_recipe("data", **files)
+    assert torch.equal(again.data.train_x, recipe.data.train_x)
+    torch.save(CifarResNet(20).state_dict(), files["weights"])
+    with pytest.raises(ValueError, match="expected a features file of these weights and images"):
+        hyper.last_block_recipe("data", **files)
 
 
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"train hyper: expected arms of slimmable; .*, got 'none'"):
         hyper.digit_recipe(arms=["none"])
     for arguments, text in (
-        (["--recipe", "speech"], "expected --recipe to be digits or cifar"),
+        (["--recipe", "speech"], "expected --recipe to be digits, cifar or last-block"),
         (["--recipe", "cifar"], "expected --data and --weights with --recipe cifar"),
     ):
         result = CliRunner().invoke(app, ["train", "hyper", "--out", str(tmp_path), *arguments])
