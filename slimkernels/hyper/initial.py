@@ -62,8 +62,8 @@ def match_outputs(generator: WeightGenerator, inputs: Any) -> dict[str, float]:
     """Scale generated weights so that every layer's output varies over a batch as much as the target's own, layer after
     layer at full width.
 
-    Coordinate networks start as smooth functions: weights as large as trained ones, but with large sums, so that outputs
-    explode or die from layer to layer where random weights would keep them.
+    Coordinate networks start as smooth functions: weights as large as trained ones, but with large sums (or, standardized,
+    in step with their inputs), so that outputs explode or die from layer to layer where random weights would keep them.
 
     Args:
         inputs: a batch of real inputs.
@@ -73,9 +73,7 @@ def match_outputs(generator: WeightGenerator, inputs: Any) -> dict[str, float]:
     """
     if generator.base is not None:
         raise ValueError(f"match_outputs: expected a generator without base, got base={generator.base!r}")
-    if generator.standardized:
-        raise ValueError("match_outputs: expected weights that are not standardized, got a generator of such")
-    scales = {name: (part.scale, i) for part in generator._parts() for i, name in enumerate(part.names)}
+    scales = {name: (part.factors(i), i) for part in generator._parts() for i, name in enumerate(part.names)}
     wanted: dict[str, float] = {}
     factors: dict[str, float] = {}
 

@@ -109,6 +109,11 @@ class InrNetworks(nn.Module):
         used = self.get_buffer("used") if self._buffers["used"] is not None else None
         return self.w_in if used is None else self.w_in * used
 
+    def factors(self, index: int) -> Tensor:
+        """The parameter whose entry ``index`` multiplies a tensor."""
+        bias = self.targets[index].layout == "bias"
+        return self.scale if self.gain is None or bias else self.gain
+
     @torch.no_grad()
     def scale_to(self, units: Mapping[str, int], originals: Mapping[str, Tensor]) -> None:
         """Let an output of one stand for a change as large as the original's root mean square, in every tensor: one

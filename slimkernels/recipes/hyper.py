@@ -372,6 +372,8 @@ def make_trainer(
         return train.SlimmableTrainer(network, F.cross_entropy, optimizer, **options)
     settings = {**recipe.generator, **arm.generator}
     generator = hyper.WeightGenerator(model, base=arm.base, noise=arm.noise, blocks=arm.blocks, **settings)
+    if settings.get("standardized"):
+        hyper.match_outputs(generator, prepared(recipe.data.train_x[:64]))
     groups = [{"params": list(generator.networks.parameters()), "lr": arm.lr}]
     if recipe.extras:
         groups.append({"params": generator.train_extras(list(recipe.extras)), "lr": recipe.extras_lr})

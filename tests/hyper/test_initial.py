@@ -83,6 +83,14 @@ def test_errors():
         block(base="residual", standardized=True)
     with pytest.raises(ValueError, match="expected size_bands to be an integer or None, got -1"):
         block(size_bands=-1)
-    gen, x = block(standardized=True)
-    with pytest.raises(ValueError, match="match_outputs: expected weights that are not standardized"):
-        hyper.match_outputs(gen, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("standardized", [False, True])
+def test_match_outputs_gives_layers_the_variation_of_the_targets(standardized):
+    gen, _ = block(standardized=standardized)
+    x = torch.randn(32, 3, 6, 6)
+    hyper.match_outputs(gen.eval(), x)
+    for depth in (1, 3, 6):  # after each layer
+        a, b = (net[:depth](x).std(0).mean() for net in (gen.materialize(), elastic.extract(gen.target, 1.0)))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
