@@ -50,6 +50,7 @@ class Arm:
     lr: float = 5e-3
     base: str | None = None
     alone: bool = False
+    smooth: bool = False  # channels put into a smooth order first, as published; else the largest come first
     generator: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,7 +76,6 @@ class Recipe:
     unseen: Sequence[float] = UNSEEN
     augmented: bool = False
     flip: bool = False
-    smooth: bool = False  # channels put into a smooth order first, as published
     extras: Sequence[str] = ()  # what is not generated and trained beside, shared by all widths
     extras_lr: float = 1e-3
     widths_a_step: int = 3
@@ -97,30 +97,29 @@ SCRATCH: Mapping[str, Any] = {**GENERATED, "reconstruction": 0.0}
 STANDARDIZED: Mapping[str, Any] = {"standardized": True}
 DIGIT_ARMS = (
     Arm("slimmable", lr=1.5e-3),
-    Arm("alone", lr=1.5e-3, alone=True),
     Arm("residual", "residual", base="residual", lr=2e-3),
     Arm("residual, axis noise", "residual", "axis", base="residual", lr=2e-3),
     Arm("residual, element noise", "residual", "element", base="residual", lr=2e-3),
-    Arm("scratch", "neumeta", lr=1e-3, generator=STANDARDIZED, trainer=SCRATCH),
-    Arm("scratch, axis noise", "neumeta", "axis", lr=1e-3, generator=STANDARDIZED, trainer=SCRATCH),
-    Arm("scratch, element noise", "neumeta", "element", lr=1e-3, generator=STANDARDIZED, trainer=SCRATCH),
+    Arm("scratch", "neumeta", lr=2e-3, generator=STANDARDIZED, trainer=SCRATCH),
+    Arm("scratch, axis noise", "neumeta", "axis", lr=2e-3, generator=STANDARDIZED, trainer=SCRATCH),
+    Arm("scratch, element noise", "neumeta", "element", lr=2e-3, generator=STANDARDIZED, trainer=SCRATCH),
+    Arm("alone", lr=1.5e-3, alone=True),
 )
 BLOCKS = tuple(f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3))
 CIFAR_ARMS = (
     Arm("slimmable", lr=1e-3),
-    Arm("alone", lr=1e-3, alone=True),
     Arm("residual", "residual", base="residual", lr=6e-3),
     Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
     Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, trainer={"weight_norm": 0.0, "reconstruction_steps": 300}),
+    Arm("alone", lr=1e-3, alone=True),
 )
 BLOCK_ARMS = (
     Arm("slimmable", lr=1e-3),
-    Arm("alone", lr=1e-3, alone=True),
     Arm("residual", "residual", base="residual", lr=6e-3),
-    Arm("neumeta", "neumeta", lr=3e-3, trainer=FITTED),
-    Arm("neumeta, axis noise", "neumeta", "axis", lr=3e-3, trainer=FITTED),
-    Arm("neumeta, element noise", "neumeta", "element", lr=3e-3, trainer=FITTED),
+    Arm("neumeta", "neumeta", lr=3e-3, smooth=True, trainer=FITTED),
+    Arm("neumeta, axis noise", "neumeta", "axis", lr=3e-3, smooth=True, trainer=FITTED),
     Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
+    Arm("alone", lr=1e-3, alone=True),
 )
 
 
@@ -221,7 +220,6 @@ def last_block_recipe(
         generator={"tensors": "block.conv?.weight", "hidden": 128, "layers": 4},
         steps=steps,
         batch_size=batch_size,
-        smooth=True,
         extras=("block.bn1", "block.bn2", "linear"),
         notes=[
             "The layers before the block are frozen; their outputs were computed once, of one random crop and reflection of"
@@ -303,10 +301,7 @@ def run(
 
 def converted(recipe: Recipe) -> nn.Module:
     """The elastic network."""
-    model = elastic.convert(recipe.network, prepared(recipe.data.test_x[:1]), **recipe.convert)
-    if recipe.smooth:
-        hyper.smooth_permutation(model)
-    return model
+    return elastic.convert(recipe.network, prepared(recipe.data.test_x[:1]), **recipe.convert)
 
 
 def _loader(recipe: Recipe) -> Batches:
@@ -371,6 +366,9 @@ def make_trainer(
         options["scheduler"] = cosine(optimizer, recipe.steps)
         return train.SlimmableTrainer(network, F.cross_entropy, optimizer, **options)
     settings = {**recipe.generator, **arm.generator}
+    if arm.smooth:
+        model = copy.deepcopy(model)
+        hyper.smooth_permutation(model)
     generator = hyper.WeightGenerator(model, base=arm.base, noise=arm.noise, blocks=arm.blocks, **settings)
     if settings.get("standardized"):
         hyper.match_outputs(generator, prepared(recipe.data.train_x[:64]))

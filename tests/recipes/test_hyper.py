@@ -88,7 +88,7 @@ def test_every_cifar_arm_runs(tmp_path, monkeypatch):
         "sliced": 3, "slimmable": 3, "alone": 1, "residual": 3, "scratch": 3, "blockwise": 3
     }  # fmt: skip
     names = {t.name for t in hyper.make_trainer(
-        recipe, recipe.arms[2], hyper.converted(recipe), tmp_path / "t", 0, QUIET["console"], 2
+        recipe, recipe.arms[1], hyper.converted(recipe), tmp_path / "t", 0, QUIET["console"], 2
     ).generator.targets}  # fmt: skip
     assert names == {f"{block}.conv{i}.weight" for block in hyper.BLOCKS for i in (1, 2)}
 
