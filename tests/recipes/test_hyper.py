@@ -103,7 +103,6 @@ def test_every_arm_of_the_last_block_runs(tmp_path, monkeypatch):
     rows = hyper.run(recipe, tmp_path / "out", **QUIET)
     assert [row["arm"] for row in rows if row["samples"]] == [
         "neumeta, axis noise, mean of 2",
-        "neumeta, element noise, mean of 2",
     ]
     again = hyper.last_block_recipe("data", **files)
     assert torch.equal(again.data.train_x, recipe.data.train_x)
