@@ -30,6 +30,8 @@ def slim_batch_norm(
     of ``x``. Backward recomputes the normalised input from ``x``, so that nothing but ``x`` (and, with a residual, the
     output or the residual) is kept.
 
+    GPU: Triton, with sums in two passes and a fixed order (no atomics); float64 runs the reference.
+
     Raises: ValueError when a shape, the activation's name, a missing running statistic or a batch of one value per
     channel in training does not fit, TypeError for dtypes: ``x`` and ``residual`` share one; parameters and statistics
     have that one or float32.

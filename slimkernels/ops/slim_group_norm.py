@@ -26,6 +26,8 @@ def slim_group_norm(
     ``c``, the last group has the channels that are left (with ``group_size == C``: one group of all active channels). The
     output has the layout of ``x``. Backward recomputes the normalised input from ``x``.
 
+    GPU: Triton, with sums in two passes and a fixed order (no atomics); float64 runs the reference.
+
     Raises: ValueError when a shape, the group size or the activation's name does not fit, TypeError for dtypes: ``x`` and
     ``residual`` share one; parameters have that one or float32.
     Numerics: 16-bit inputs are computed in float32 and rounded once, at the store; statistics are float32, the variance

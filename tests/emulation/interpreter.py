@@ -10,6 +10,7 @@ interpreter of Triton 3.6 to 3.9 gets wrong in silence:
 5. Every address of an active lane lies in a tensor argument, or ``OutOfBounds``.
 6. Programs run in a shuffled order, and ``Race`` is raised where their order matters.
 7. ``tl.extra.libdevice`` functions have bodies in numpy.
+8. A kernel that calls functions of its own is several times faster.
 
 ``LAUNCHES`` keeps what every launch moved; ``set_seed`` picks another order of programs.
 """
@@ -61,6 +62,7 @@ def install() -> None:
     _watch_memory()
     _watch_launches()
     _shuffle_programs()
+    _call_without_patching()
     _give_libdevice_bodies()
     _let_tensors_be_indices()
 
@@ -251,6 +253,23 @@ def _shuffle_programs() -> None:
         set_index(self, program // (size_y * size_z), program // size_z % size_y, program % size_z)
 
     BUILDER.set_grid_dim, BUILDER.set_grid_idx = set_grid_dim, set_grid_idx
+
+
+def _call_without_patching() -> None:
+    """A kernel's call of another function puts wrappers around the whole language again, each time.
+
+    The launch has done so for functions of ours, which know the language as ``tl``; for those of the language itself,
+    which know it as ``core``, once is enough.
+    """
+    done: list[bool] = []
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not done and not any(value is tl for value in self.fn.__globals__.values()):
+            interpreter._patch_lang(self.fn)
+            done.append(True)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 UNARY = {
