@@ -112,6 +112,9 @@ inline void dot_tile(const T* w, int64_t ld, int64_t rows, const float* a, int64
     int64_t i = 0;
     for (; i + kLanes <= k; i += kLanes) {
       const vf v0 = load(w0 + i), v1 = load(w1 + i), v2 = load(w2 + i), v3 = load(w3 + i);
+      if constexpr (M == 1) {  // bound by reading w: the next rows are fetched while these are summed
+        for (int64_t j = 4; j < 8; ++j) __builtin_prefetch(w0 + j * ld + i);
+      }
       for (int m = 0; m < M; ++m) {
         const vf am = load(a + m * lda + i);
         acc[m][0] += am * v0, acc[m][1] += am * v1, acc[m][2] += am * v2, acc[m][3] += am * v3;

@@ -167,6 +167,38 @@ at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> l
   return fresh;
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
+    const char* op, int64_t gates, const at::Tensor& x, const std::optional<at::Tensor>& h0,
+    const std::optional<at::Tensor>& c0, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
+    int64_t num_layers, bool bidirectional, int64_t hidden, int64_t in_blocks, bool cells, const RecurrentRun& run) {
+  TORCH_CHECK_VALUE(num_layers >= 1 && weights.size() % num_layers == 0, op, ": expected weights of ", num_layers,
+                    " layers, got ", weights.size(), " tensors");
+  const size_t per_layer = weights.size() / num_layers;
+  at::Tensor y = x, h_n, c_n;
+  RecurrentTensors states;
+  const char *h_start = nullptr, *c_start = nullptr;
+  for (int64_t l = 0; l < num_layers; ++l) {
+    RecurrentTensors tensors =
+        recurrent_layer(op, gates, y, std::nullopt, std::nullopt, weights.slice(l * per_layer, per_layer), batch_sizes,
+                        bidirectional, hidden, l == 0 ? in_blocks : (bidirectional ? 2 : 1));
+    RecurrentLayer& layer = tensors.layer;
+    if (l == 0) {
+      const int64_t shape[] = {num_layers * layer.directions, layer.batch, hidden};
+      h_start = static_cast<const char*>(recurrent_dense(states, op, "h0", h0, shape, x));
+      c_start = static_cast<const char*>(recurrent_dense(states, op, "c0", c0, shape, x));
+      h_n = at::empty(shape, x.options());
+      if (cells) c_n = at::empty(shape, x.options());
+    }
+    const int64_t at = l * layer.directions * layer.batch * hidden * x.element_size();
+    layer.h0 = h_start ? h_start + at : nullptr;
+    layer.c0 = c_start ? c_start + at : nullptr;
+    y = recurrent_empty(y, {}, {layer.directions * hidden});
+    run(layer, {y.data_ptr(), static_cast<char*>(h_n.data_ptr()) + at,
+                cells ? static_cast<char*>(c_n.data_ptr()) + at : nullptr, nullptr, nullptr});
+  }
+  return {y, h_n, c_n};
+}
+
 RecurrentBackward::RecurrentBackward(RecurrentTensors& tensors, const char* op, const at::Tensor& x,
                                      at::TensorList weights, const at::Tensor& y, const at::Tensor& gates,
                                      const std::optional<at::Tensor>& dy, const std::optional<at::Tensor>& dh_n,

@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common.h"
@@ -108,6 +110,14 @@ std::vector<int64_t> recurrent_shape(const at::Tensor& x, std::initializer_list<
                                      std::initializer_list<int64_t> tail);
 at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> lead,
                            std::initializer_list<int64_t> tail);
+
+// All layers of a network one after the other, nothing kept for backward: y, h_n and, with `cells`, c_n. `run` is the forward
+// pass of one layer. h0 and c0 hold the states of all layers.
+using RecurrentRun = std::function<void(const RecurrentLayer&, const RecurrentOutputs&)>;
+std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
+    const char* op, int64_t gates, const at::Tensor& x, const std::optional<at::Tensor>& h0,
+    const std::optional<at::Tensor>& c0, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
+    int64_t num_layers, bool bidirectional, int64_t hidden, int64_t in_blocks, bool cells, const RecurrentRun& run);
 
 // What both backward entries prepare: the dense inputs, the full-size weight gradients, and dx of each direction.
 struct RecurrentBackward {

@@ -16,6 +16,30 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
+void forward_layer(const RecurrentLayer& layer, const RecurrentOutputs& out, at::ScalarType dtype) {
+  AT_DISPATCH_SWITCH(dtype, "slim_gru", SK_CASES_F32_BF16_F16([&] {
+                       recurrent_directions(
+                           layer, [&](int64_t d) { SK_CALL_ISA(gru_forward_kernel<scalar_t>, layer, out, d); });
+                     }));
+}
+
+std::tuple<at::Tensor, at::Tensor> slim_gru_inference_cpu(const at::Tensor& x, const OptionalTensor& h0,
+                                                          at::TensorList weights, const OptionalTensor& batch_sizes,
+                                                          int64_t num_layers, bool bidirectional, int64_t hidden_size,
+                                                          int64_t in_blocks) {
+  if (!recurrent_takes(x, weights, num_layers * (bidirectional ? 2 : 1))) {
+    return call_reference<decltype(slim_gru_inference_cpu)>("slimkernels::slim_gru_inference", x, h0, weights,
+                                                            batch_sizes, num_layers, bidirectional, hidden_size,
+                                                            in_blocks);
+  }
+  auto found = recurrent_inference("slim_gru", 3, x, h0, std::nullopt, weights, batch_sizes, num_layers, bidirectional,
+                                   hidden_size, in_blocks, false,
+                                   [&](const RecurrentLayer& layer, const RecurrentOutputs& out) {
+                                     forward_layer(layer, out, x.scalar_type());
+                                   });
+  return {std::get<0>(found), std::get<1>(found)};
+}
+
 Outputs slim_gru_cpu(const at::Tensor& x, const OptionalTensor& h0, at::TensorList weights,
                      const OptionalTensor& batch_sizes, bool bidirectional, int64_t hidden_size, int64_t in_blocks,
                      bool save) {
@@ -30,10 +54,7 @@ Outputs slim_gru_cpu(const at::Tensor& x, const OptionalTensor& h0, at::TensorLi
   at::Tensor h_n = at::empty({layer.directions, layer.batch, hidden_size}, x.options());
   at::Tensor gates = save ? recurrent_empty(x, {layer.directions}, {4, hidden_size}) : at::empty({0}, x.options());
   const RecurrentOutputs out{y.data_ptr(), h_n.data_ptr(), nullptr, save ? gates.data_ptr() : nullptr, nullptr};
-  AT_DISPATCH_SWITCH(x.scalar_type(), "slim_gru", SK_CASES_F32_BF16_F16([&] {
-                       recurrent_directions(
-                           layer, [&](int64_t d) { SK_CALL_ISA(gru_forward_kernel<scalar_t>, layer, out, d); });
-                     }));
+  forward_layer(layer, out, x.scalar_type());
   return {y, h_n, gates};
 }
 
@@ -68,6 +89,7 @@ Gradients slim_gru_backward_cpu(const OptionalTensor& dy, const OptionalTensor& 
 
 TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("slim_gru", &slim_gru_cpu);
+  m.impl("slim_gru_inference", &slim_gru_inference_cpu);
   m.impl("slim_gru_backward", &slim_gru_backward_cpu);
 }
 

@@ -16,6 +16,28 @@ using OptionalTensor = std::optional<at::Tensor>;
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
+void forward_layer(const RecurrentLayer& layer, const RecurrentOutputs& out, at::ScalarType dtype) {
+  AT_DISPATCH_SWITCH(dtype, "slim_lstm", SK_CASES_F32_BF16_F16([&] {
+                       recurrent_directions(
+                           layer, [&](int64_t d) { SK_CALL_ISA(lstm_forward_kernel<scalar_t>, layer, out, d); });
+                     }));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_lstm_inference_cpu(
+    const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
+    const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, int64_t hidden_size, int64_t proj_size,
+    int64_t in_blocks) {
+  if (proj_size != 0 || !recurrent_takes(x, weights, num_layers * (bidirectional ? 2 : 1))) {
+    return call_reference<decltype(slim_lstm_inference_cpu)>("slimkernels::slim_lstm_inference", x, h0, c0, weights,
+                                                             batch_sizes, num_layers, bidirectional, hidden_size,
+                                                             proj_size, in_blocks);
+  }
+  return recurrent_inference("slim_lstm", 4, x, h0, c0, weights, batch_sizes, num_layers, bidirectional, hidden_size,
+                             in_blocks, true, [&](const RecurrentLayer& layer, const RecurrentOutputs& out) {
+                               forward_layer(layer, out, x.scalar_type());
+                             });
+}
+
 Outputs slim_lstm_cpu(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, bool bidirectional, int64_t hidden_size, int64_t proj_size,
                       int64_t in_blocks, bool save) {
@@ -36,10 +58,7 @@ Outputs slim_lstm_cpu(const at::Tensor& x, const OptionalTensor& h0, const Optio
   }
   const RecurrentOutputs out{y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), save ? gates.data_ptr() : nullptr,
                              save ? cells.data_ptr() : nullptr};
-  AT_DISPATCH_SWITCH(x.scalar_type(), "slim_lstm", SK_CASES_F32_BF16_F16([&] {
-                       recurrent_directions(
-                           layer, [&](int64_t d) { SK_CALL_ISA(lstm_forward_kernel<scalar_t>, layer, out, d); });
-                     }));
+  forward_layer(layer, out, x.scalar_type());
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -80,6 +99,7 @@ Gradients slim_lstm_backward_cpu(const OptionalTensor& dy, const OptionalTensor&
 
 TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("slim_lstm", &slim_lstm_cpu);
+  m.impl("slim_lstm_inference", &slim_lstm_inference_cpu);
   m.impl("slim_lstm_backward", &slim_lstm_backward_cpu);
 }
 

@@ -111,7 +111,7 @@ def check_same_dtype_device(op: str, x: Tensor, **others: Tensor | None) -> None
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, shape: Sequence[int]) -> None:
-    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+    if tensor is not None and tensor.shape != shape and tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 

@@ -21,8 +21,8 @@ def check_layers(
     directions: int,
     in_blocks: int,
     counts: tuple[int, ...],
-) -> tuple[int, int, int]:
-    """Checks x and every weight; returns tensors per direction, active hidden and projection sizes (0: none)."""
+) -> tuple[int, int]:
+    """Checks x and every weight; returns the active hidden and projection sizes (0: none)."""
     check_float(op, x)
     per = len(weights) // max(num_layers * directions, 1)
     if per not in counts or per * num_layers * directions != len(weights):
@@ -30,10 +30,11 @@ def check_layers(
             f"{op}: expected weights to hold {', '.join(map(str, counts))} tensors for each of {num_layers} layers x"
             f" {directions} directions, got {len(weights)} tensors"
         )
-    if weights[1].dim() != 2 or weights[1].shape[0] % gates:
-        raise ValueError(f"{op}: expected w_hh of shape ({gates} * H, P), got {tuple(weights[1].shape)}")
-    full = weights[1].shape[0] // gates
-    full_state = weights[1].shape[1]
+    state_shape = weights[1].shape  # of every w_hh
+    if len(state_shape) != 2 or state_shape[0] % gates:
+        raise ValueError(f"{op}: expected w_hh of shape ({gates} * H, P), got {tuple(state_shape)}")
+    rows, full_state = state_shape
+    full = rows // gates
     has_proj = per % 2 == 1
     h = full if hidden is None else hidden
     if h < 1 or h > full:
@@ -45,28 +46,29 @@ def check_layers(
             raise ValueError(f"{op}: expected proj_size between 1 and {full_state}, got {p}")
     elif proj:
         raise ValueError(f"{op}: expected no proj_size for weights without projection, got {proj}")
+    elif full_state != full:
+        raise ValueError(f"{op}: expected w_hh of shape ({rows}, {full}), got {tuple(state_shape)}")
+    bias_shape = (rows,)
     for start in range(0, len(weights), per):
         layer = start // (per * directions)
-        w_ih, w_hh = weights[start], weights[start + 1]
-        full_in = w_ih.shape[-1]
-        if w_ih.dim() != 2 or w_ih.shape[0] != gates * full:
-            raise ValueError(f"{op}: expected w_ih of shape ({gates * full}, I), got {tuple(w_ih.shape)}")
+        in_shape = weights[start].shape
+        if len(in_shape) != 2 or in_shape[0] != rows:
+            raise ValueError(f"{op}: expected w_ih of shape ({rows}, I), got {tuple(in_shape)}")
         if layer == 0:
-            check_input(op, x.shape[-1], full_in, in_blocks)
-        elif full_in != directions * full_state:
+            check_input(op, x.shape[-1], in_shape[1], in_blocks)
+        elif in_shape[1] != directions * full_state:
             raise ValueError(
-                f"{op}: expected w_ih of layer {layer} of shape ({gates * full}, {directions * full_state}),"
-                f" got {tuple(w_ih.shape)}"
+                f"{op}: expected w_ih of layer {layer} of shape ({rows}, {directions * full_state}),"
+                f" got {tuple(in_shape)}"
             )
-        check_shape(op, "w_hh", w_hh, (gates * full, full_state))
+        if start:
+            check_shape(op, "w_hh", weights[start + 1], state_shape)
         if per >= 4:
-            check_shape(op, "b_ih", weights[start + 2], (gates * full,))
-            check_shape(op, "b_hh", weights[start + 3], (gates * full,))
+            check_shape(op, "b_ih", weights[start + 2], bias_shape)
+            check_shape(op, "b_hh", weights[start + 3], bias_shape)
         if has_proj:
             check_shape(op, "w_hr", weights[start + per - 1], (full_state, full))
-        elif full_state != full:
-            raise ValueError(f"{op}: expected w_hh of shape ({gates * full}, {full}), got {tuple(w_hh.shape)}")
-    return per, h, p
+    return h, p
 
 
 def check_input(op: str, active: int, full: int, blocks: int) -> None:
@@ -103,35 +105,45 @@ def check_steps(op: str, x: Tensor, batch_sizes: Tensor | None) -> int:
     return sizes[0]
 
 
-def run_layers(
+def check_states(
     op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    state_sizes: Sequence[int],
+    all_layers: int,  # num_layers * directions
+    batch: int,
+    dropout: float,
+) -> None:
+    for name, state, size in zip(("h0", "c0"), states, state_sizes, strict=False):
+        if state is not None:
+            check_shape(op, name, state, (all_layers, batch, size))
+            if state.dtype != x.dtype or state.device != x.device:
+                check_same_dtype_device(op, x, **{name: state})
+    dtype, device = x.dtype, x.device
+    for weight in weights:
+        if weight.dtype != dtype or weight.device != device:
+            check_same_dtype_device(op, x, weights=weight)
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"{op}: expected dropout between 0 and 1, got {dropout}")
+
+
+def run_layers(
     run: Callable[
         ..., tuple[Tensor, ...]
     ],  # (x, states of the layer, weights of the layer, in_blocks) -> y and final states
     x: Tensor,
     weights: Sequence[Tensor],
     states: Sequence[Tensor | None],
-    state_sizes: Sequence[int],
-    per_layer: int,
     num_layers: int,
-    directions: int,
+    bidirectional: bool,
     in_blocks: int,
-    batch: int,
-    dropout: float,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """y and the final states, each (num_layers * directions, batch, size)."""
-    for name, state, size in zip(("h0", "c0"), states, state_sizes, strict=False):
-        if state is not None:
-            check_shape(op, name, state, (num_layers * directions, batch, size))
-            if state.dtype != x.dtype or state.device != x.device:
-                check_same_dtype_device(op, x, **{name: state})
-    for weight in weights:
-        if weight.dtype != x.dtype or weight.device != x.device:
-            check_same_dtype_device(op, x, weights=weight)
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"{op}: expected dropout between 0 and 1, got {dropout}")
     if num_layers == 1:
         return run(x, states, weights, in_blocks)
+    directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
     finals: list[tuple[Tensor, ...]] = []
     for layer in range(num_layers):
         if layer and dropout:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._common import autocast_dtype, autograd, define, grad_needed
-from slimkernels.ops._recurrent import check_layers, check_steps, run_layers
+from slimkernels.ops._recurrent import check_layers, check_states, check_steps, run_layers
 from slimkernels.reference import slim_gru as reference
 
 
@@ -36,7 +36,7 @@ def slim_gru(
     Source: Li et al., Subnetwork-to-go (arXiv 2312.03464), section 2.
     """
     op, directions = "slim_gru", 2 if bidirectional else 1
-    per, h, _ = check_layers(op, x, weights, 3, hidden_size, None, num_layers, directions, in_blocks, counts=(2, 4))
+    h, _ = check_layers(op, x, weights, 3, hidden_size, None, num_layers, directions, in_blocks, counts=(2, 4))
     batch = check_steps(op, x, batch_sizes)
     if state is None and batch_sizes is not None:
         state = x.new_zeros(num_layers * directions, batch, h)
@@ -44,16 +44,33 @@ def slim_gru(
     if dtype is not None:
         x, state = x.to(dtype), None if state is None else state.to(dtype)
         weights = [w.to(dtype) for w in weights]
-    save = not recompute and grad_needed(x, state, *weights)
-    default = torch.ops.slimkernels.slim_gru.default
+    check_states(op, x, weights, (state,), (h,), num_layers * directions, batch, dropout)
+    ops, needed = torch.ops.slimkernels, grad_needed(x, state, *weights)
+    if not needed and not dropout:
+        return ops.slim_gru_inference.default(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks)
+    save = needed and not recompute
 
     def run(x, states, weights, blocks):
-        return default(x, states[0], weights, batch_sizes, bidirectional, h, blocks, save)[:2]
+        return ops.slim_gru.default(x, states[0], weights, batch_sizes, bidirectional, h, blocks, save)[:2]
 
-    y, h_n = run_layers(
-        op, run, x, weights, (state,), (h,), per * directions, num_layers, directions, in_blocks, batch, dropout
-    )
+    y, h_n = run_layers(run, x, weights, (state,), num_layers, bidirectional, in_blocks, dropout)
     return y, h_n
+
+
+def _inference(x, h0, weights, batch_sizes, num_layers, bidirectional, hidden_size, in_blocks):
+    """All layers, nothing kept for backward; by the op of a single layer, whatever its device has."""
+
+    def run(x, states, weights, blocks):
+        layer = torch.ops.slimkernels.slim_gru.default
+        return layer(x, states[0], weights, batch_sizes, bidirectional, hidden_size, blocks, False)[:2]
+
+    return run_layers(run, x, weights, (h0,), num_layers, bidirectional, in_blocks)
+
+
+def _inference_fake(x, h0, weights, batch_sizes, num_layers, bidirectional, hidden_size, in_blocks):
+    d = 2 if bidirectional else 1
+    batch = x.shape[1] if batch_sizes is None else h0.shape[1]
+    return x.new_empty((*x.shape[:-1], d * hidden_size)), x.new_empty((num_layers * d, batch, hidden_size))
 
 
 def _fake(x, h0, weights, batch_sizes, bidirectional, hidden_size, in_blocks, save):
@@ -119,6 +136,12 @@ define(
     " SymInt in_blocks, bool save) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     default=reference.slim_gru,
+)
+define(
+    "slim_gru_inference(Tensor x, Tensor? h0, Tensor[] weights, Tensor? batch_sizes, int num_layers, bool bidirectional,"
+    " SymInt hidden_size, SymInt in_blocks) -> (Tensor, Tensor)",
+    fake=_inference_fake,
+    default=_inference,
 )
 define(
     "slim_gru_backward(Tensor? dy, Tensor? dh_n, Tensor x, Tensor? h0, Tensor[] weights, Tensor? batch_sizes, Tensor y,"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._common import autocast_dtype, autograd, define, grad_needed
-from slimkernels.ops._recurrent import check_layers, check_steps, run_layers
+from slimkernels.ops._recurrent import check_layers, check_states, check_steps, run_layers
 from slimkernels.reference import slim_lstm as reference
 
 State = tuple[Tensor, Tensor]
@@ -42,7 +42,7 @@ def slim_lstm(
     Source: Li et al., Subnetwork-to-go (arXiv 2312.03464), section 2.
     """
     op, directions = "slim_lstm", 2 if bidirectional else 1
-    per, h, p = check_layers(
+    h, p = check_layers(
         op, x, weights, 4, hidden_size, proj_size, num_layers, directions, in_blocks, counts=(2, 3, 4, 5)
     )
     batch = check_steps(op, x, batch_sizes)
@@ -54,16 +54,40 @@ def slim_lstm(
         x = x.to(dtype)
         h0, c0 = (None if t is None else t.to(dtype) for t in (h0, c0))
         weights = [w.to(dtype) for w in weights]
-    save = not recompute and grad_needed(x, h0, c0, *weights)
-    default = torch.ops.slimkernels.slim_lstm.default
+    check_states(op, x, weights, (h0, c0), (p or h, h), num_layers * directions, batch, dropout)
+    ops, needed = torch.ops.slimkernels, grad_needed(x, h0, c0, *weights)
+    if not needed and not dropout:
+        y, h_n, c_n = ops.slim_lstm_inference.default(
+            x, h0, c0, weights, batch_sizes, num_layers, bidirectional, h, p, in_blocks
+        )
+        return y, (h_n, c_n)
+    save = needed and not recompute
 
     def run(x, states, weights, blocks):
-        return default(x, states[0], states[1], weights, batch_sizes, bidirectional, h, p, blocks, save)[:3]
+        return ops.slim_lstm.default(x, *states, weights, batch_sizes, bidirectional, h, p, blocks, save)[:3]
 
-    y, h_n, c_n = run_layers(
-        op, run, x, weights, (h0, c0), (p or h, h), per * directions, num_layers, directions, in_blocks, batch, dropout
-    )
+    y, h_n, c_n = run_layers(run, x, weights, (h0, c0), num_layers, bidirectional, in_blocks, dropout)
     return y, (h_n, c_n)
+
+
+def _inference(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, hidden_size, proj_size, in_blocks):
+    """All layers, nothing kept for backward; by the op of a single layer, whatever its device has."""
+
+    def run(x, states, weights, blocks):
+        layer = torch.ops.slimkernels.slim_lstm.default
+        return layer(x, *states, weights, batch_sizes, bidirectional, hidden_size, proj_size, blocks, False)[:3]
+
+    return run_layers(run, x, weights, (h0, c0), num_layers, bidirectional, in_blocks)
+
+
+def _inference_fake(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, hidden_size, proj_size, in_blocks):
+    d, state = 2 if bidirectional else 1, proj_size or hidden_size
+    batch = x.shape[1] if batch_sizes is None else h0.shape[1]
+    return (
+        x.new_empty((*x.shape[:-1], d * state)),
+        x.new_empty((num_layers * d, batch, state)),
+        x.new_empty((num_layers * d, batch, hidden_size)),
+    )
 
 
 def _fake(x, h0, c0, weights, batch_sizes, bidirectional, hidden_size, proj_size, in_blocks, save):
@@ -122,6 +146,12 @@ define(
     " SymInt hidden_size, SymInt proj_size, SymInt in_blocks, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     default=reference.slim_lstm,
+)
+define(
+    "slim_lstm_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int num_layers,"
+    " bool bidirectional, SymInt hidden_size, SymInt proj_size, SymInt in_blocks) -> (Tensor, Tensor, Tensor)",
+    fake=_inference_fake,
+    default=_inference,
 )
 define(
     "slim_lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights,"
