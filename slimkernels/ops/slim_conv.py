@@ -16,6 +16,7 @@ from slimkernels.ops._common import (
     check_shape,
     define,
     grad_needed,
+    on_gpu,
 )
 from slimkernels.ops.activation import activation as apply_activation
 from slimkernels.ops.activation import activation_grad
@@ -45,9 +46,14 @@ def slim_conv(
     In bfloat16 only little work. All else (contiguous tensors, 1d, 3d, groups, wide layers) is oneDNN
     through PyTorch on the strided slice, then residual and activation in one pass. float64 runs the reference.
 
+    On a GPU, 1d and 2d, dense and grouped: Triton kernels that read the weight in place and fuse bias, residual and
+    activation. They work on channels-last tensors (others are copied into that order, and back), and load 16 bytes at once
+    where the weight is channels-last too and active channels are multiples of 16. 3d, depthwise and float64 are PyTorch's.
+
     Raises: ValueError when a shape, a width or a name does not fit, TypeError when dtypes differ.
     Numerics: 16-bit inputs are multiplied and summed in float32; our kernels round once, at the store, oneDNN's also
-    before the residual is added.
+    before the residual is added. On a GPU float32 is multiplied in tf32 unless
+    ``torch.backends.cudnn.conv.fp32_precision`` says "ieee", as in PyTorch.
     Source: Yu et al., Slimmable Neural Networks (arXiv 1812.08928), section 3.
     """
     op = "slim_conv"
@@ -231,3 +237,5 @@ define(
     default=reference.slim_conv_backward,
 )
 autograd("slim_conv", _backward, _setup_context)
+on_gpu("slim_conv", "slim_conv")
+on_gpu("slim_conv_backward", "slim_conv")

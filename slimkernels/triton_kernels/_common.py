@@ -34,25 +34,35 @@ def block_of(size: int, most: int) -> int:
     return min(most, max(16, triton.next_power_of_2(size)))
 
 
+def strides(t: Tensor) -> tuple[int, ...]:
+    """The strides that a kernel is given: 0 for a dimension of size 1, whatever the tensor says."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 def aligned(*tensors: Tensor | None, sizes: tuple[int, ...] = ()) -> bool:
     """Whether Triton may load 16 bytes at once: all of ``sizes`` and all strides above 1 are multiples of 16."""
-    strides = [stride for t in tensors if t is not None for stride in t.stride() if stride != 1]
-    pointers = [t.data_ptr() for t in tensors if t is not None]
-    return all(value % 16 == 0 for value in (*sizes, *strides, *pointers))
+    given = [t for t in tensors if t is not None]
+    steps = [stride for t in given for stride in strides(t) if stride != 1]
+    return all(value % 16 == 0 for value in (*sizes, *steps, *(t.data_ptr() for t in given)))
 
 
-def pick_blocks(m: int, n: int, k: int, bytes_per_element: int, precision: str, vectors: bool) -> Blocks:
+def pick_blocks(
+    m: int, n: int, k: int, bytes_per_element: int, precision: str, vectors: bool, most_n: int = 128
+) -> Blocks:
     """Tile sizes for an (m, k) by (k, n) product; they depend on the sizes through a few thresholds only.
 
-    ``vectors``: rows can be loaded 16 bytes at once.
+    ``vectors``: rows can be loaded 16 bytes at once. ``most_n``: the largest tile's columns.
     """
     if precision == "ieee" and bytes_per_element == 4:
-        # No tensor core multiplies float32 exactly: the operands live in registers, larger tiles would spill.
-        return Blocks(block_of(m, 64), block_of(n, 64), 16, 4, 2)
-    block_m, block_n = block_of(m, 128), block_of(n, 128)
+        # No tensor core multiplies float32 exactly: the operands live in registers, and larger parts of a tile a thread
+        # would spill.
+        block_m, block_n = block_of(m, 64), block_of(n, 64)
+        return Blocks(block_m, block_n, 16, 8 if block_m * block_n == 64 * 64 else 4, 2)
+    block_m, block_n = block_of(m, 128), block_of(n, most_n)
     if not vectors:
-        # Every element is loaded by itself and keeps an address in registers: larger tiles would spill.
-        return Blocks(min(block_m, 64), min(block_n, 64), block_of(k, 32), 4, 3)
+        # Every element is loaded by itself and keeps an address in registers: larger parts a thread would spill.
+        block_m, block_n = min(block_m, 64), min(block_n, 64)
+        return Blocks(block_m, block_n, block_of(k, 32), 8 if block_m * block_n == 64 * 64 else 4, 3)
     # Fewer tiles than multiprocessors leave some idle: smaller tiles, as long as they still fill the tensor cores.
     while ceil_div(m, block_m) * ceil_div(n, block_n) < MULTIPROCESSORS and block_m * block_n > 64 * 64:
         if block_m >= block_n:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulation import ptx_arith, ptx_matrix
+from tests.emulation import ptx_arith, ptx_matrix, ptx_warp
 from tests.emulation.ptx_memory import POISON, AsyncCopies, DeviceMemory, SharedMemory
 from tests.emulation.ptx_parse import TYPES, Instruction, Kernel, PTXError, immediate, parse, vector
 
@@ -309,41 +309,6 @@ def _atomic(m: Machine, i: Instruction) -> None:
         m.write(i.operands[0], m.spread(before))
 
 
-def _shuffle(m: Machine, i: Instruction) -> None:
-    values = m.read(i.operands[1], "b32")
-    by, packed = (m.read(o, "u32").astype(np.int64) for o in i.operands[2:4])
-    lane = m.thread % 32
-    segment, clamp = packed >> 8 & 31, packed & 31
-    last = (lane & segment) | (clamp & ~segment)
-    how = i.first("up", "down", "bfly", "idx")
-    source = {
-        "up": lane - by,
-        "down": lane + by,
-        "bfly": lane ^ by,
-        "idx": (lane & segment) | (by & ~segment & 31),
-    }[how or ""]
-    valid = source >= last if how == "up" else source <= last
-    source = m.thread // 32 * 32 + np.where(valid, source, lane)
-    if not m.mask[source[m.index]].all():
-        raise PTXError("shfl reads a lane that is not active")
-    target, *predicate = i.operands[0].split("|")
-    m.write(target.strip(), values[source])
-    if predicate:
-        m.write(predicate[0].strip(), valid)
-
-
-def _vote(m: Machine, i: Instruction) -> None:
-    active = m.mask.reshape(-1, 32)
-    given = active if i.name == "activemask" else (m.read(i.operands[1], "pred") & m.mask).reshape(-1, 32)
-    how = i.first("all", "any", "ballot") or "ballot"
-    result = {
-        "all": (given | ~active).all(1),
-        "any": given.any(1),
-        "ballot": (given.astype(np.uint64) << np.arange(32, dtype=np.uint64)).sum(1).astype(np.uint32),
-    }[how]
-    m.write(i.operands[0], np.repeat(result, 32))
-
-
 def _barrier(m: Machine, i: Instruction) -> None:
     if "warp" in i.mods:
         return
@@ -355,11 +320,10 @@ def _barrier(m: Machine, i: Instruction) -> None:
 HANDLERS: dict[str, Callable[[Machine, Instruction], None]] = {
     **ptx_arith.HANDLERS,
     **ptx_matrix.HANDLERS,
+    **ptx_warp.HANDLERS,
     **dict.fromkeys(("ld", "st", "ldu"), _load_store),
     "cp": _async_copy,
     **dict.fromkeys(("atom", "red"), _atomic),
-    "shfl": _shuffle,
-    **dict.fromkeys(("vote", "activemask"), _vote),
     **dict.fromkeys(("bar", "barrier"), _barrier),
     **dict.fromkeys(NOTHING, lambda m, i: None),
 }

@@ -13,7 +13,9 @@ def check_matrix_kernel(launch: Captured, target: str, rows: str) -> Resources:
     what = f"{launch.name} for {target}, {launch.constants}"
     assert found.spills == 0, f"{found.spills} bytes of spills in {what}"
     assert found.shared <= LIMITS["sm_80"].shared_per_block, f"{found.shared} bytes of shared memory in {what}"
-    exact = launch.constants["PRECISION"] == "ieee" and "*fp32" in launch.signature["x_ptr"]
+    exact = launch.constants["PRECISION"] == "ieee" and "*fp32" in (
+        launch.signature.get("x_ptr") or launch.signature["src_ptr"]
+    )
     if not exact:
         assert found.tensor_core_instructions > 0, f"no tensor core in {what}"
         if target == "sm_90" and launch.constants[rows] >= 64:
