@@ -1,7 +1,8 @@
 """``inr_weights`` against the published way, eager and compiled: the weights of a net's tensors from one MLP a tensor.
 
 ``shape`` names the workload; the coordinates, hidden size, layers and bands follow. ``plain`` is the published way as whole
-tensors (``published_inr``); ``compile`` is torch.compile of it; ``recompute`` is ours without saved activations.
+tensors (``published_inr``) in the dtype of the row; ``compile`` is torch.compile of it; ``eager-float32``, in rows of
+bfloat16, is it in float32; ``recompute`` is ours without saved activations.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from slimkernels.ops import InrParameters, InrTensor, inr_weights
 from slimkernels.ops.inr_weights import coordinates
 
 NORM = 128.0
-Convolutions = list[tuple[int, int, int]]  # output channels, input channels, kernel size
+Convolutions = list[tuple[int, int, int]]  # output channels, input channels, kernel size; 0: a matrix without bias
 
 
 def residual_stage(channels: int, blocks: int, first_in: int | None = None) -> Convolutions:
@@ -27,16 +28,16 @@ def residual_stage(channels: int, blocks: int, first_in: int | None = None) -> C
     return found
 
 
-def cifar_resnet(blocks: int) -> Convolutions:
-    stages = [*residual_stage(16, blocks), *residual_stage(32, blocks, 16), *residual_stage(64, blocks, 32)]
-    return [(16, 3, 3), *stages, (32, 16, 1), (64, 32, 1)]
+def resnet20() -> Convolutions:
+    stages = [*residual_stage(16, 3), *residual_stage(32, 3, 16), *residual_stage(64, 3, 32)]
+    return [(16, 3, 3), *stages, (32, 16, 1), (64, 32, 1), (10, 64, 0)]
 
 
 WORKLOADS: dict[str, Convolutions] = {
     "resnet20-last-block": residual_stage(64, 1),
-    "resnet20-all": cifar_resnet(3),
+    "resnet20-all": resnet20(),
     "resnet56-7-blocks": residual_stage(64, 7),
-    "resnet56-all": cifar_resnet(9),
+    "resnet56-23-blocks": [*residual_stage(16, 8), *residual_stage(32, 8), *residual_stage(64, 7)],
     "resnet18-layer3.1": residual_stage(256, 1),
 }
 
@@ -49,12 +50,11 @@ class Generator(nn.Module):
         self.tensors: list[InrTensor] = []
         self.active: list[tuple[int, int]] = []
         for layer, (c_out, c_in, kernel) in enumerate(shapes):
-            at = len(self.tensors)
-            self.tensors += [
-                InrTensor(layer, len(shapes), (kernel, kernel), at),
-                InrTensor(layer, len(shapes), (), at + 1, "bias"),
-            ]
-            self.active += [(c_out, c_in), (c_out, 1)]
+            self.tensors.append(InrTensor(layer, len(shapes), (kernel, kernel) if kernel else (), len(self.tensors)))
+            self.active.append((c_out, c_in))
+            if kernel:
+                self.tensors.append(InrTensor(layer, len(shapes), (), len(self.tensors), "bias"))
+                self.active.append((c_out, 1))
         count, inputs, depth = len(self.tensors), 6 + 12 * bands, layers - 1
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -85,14 +85,25 @@ class Published(Generator):
         return generate(self.mlps(), self.tensors, self.active, norm=NORM, scale=scale)
 
 
+class Wide(Published):
+    """In float32 whatever the inputs are."""
+
+    def forward(self, scale: Tensor) -> list[Tensor]:
+        return super().forward(scale.float())
+
+
 def build(shapes: Convolutions, hidden: int, layers: int, bands: int, dtype: torch.dtype, compiled: bool) -> Problem:
     options = (shapes, hidden, layers, bands, dtype)
     ours, recomputing, published = Ours(*options), Recomputing(*options), Published(*options)
     sliced = Published(*options) if compiled else None
     for other in filter(None, (recomputing, published, sliced)):
         other.load_state_dict(ours.state_dict())
+    peers: dict[str, nn.Module] = {"recompute": recomputing}
+    if dtype != torch.float32:
+        peers["eager-float32"] = Wide(*options[:4], torch.float32)
+        peers["eager-float32"].load_state_dict(ours.state_dict())
     scale = torch.ones(len(ours.tensors), dtype=dtype, requires_grad=True)
-    return Problem(ours, published, sliced, (scale,), peers={"recompute": recomputing})
+    return Problem(ours, published, sliced, (scale,), peers=peers)
 
 
 def cases(quick: bool) -> Iterator[Case]:

@@ -109,3 +109,15 @@ def test_a_run_replaces_the_rows_of_its_op(tmp_path, monkeypatch):
 
 def test_readme_table_and_plots_are_not_stale():
     assert report.stale() == []
+
+
+def test_inr_scaling_measures_share_memory_and_samples():
+    from benchmarks import inr_scaling
+
+    share = inr_scaling.gemm_share(["resnet20-last-block"], 0.0)
+    assert [row["dtype"] for row in share] == ["float32", "bfloat16"]
+    assert all(0 < float(row["share"]) < 2 for row in share)
+    small, large = inr_scaling.memory([8, 32])
+    assert large["coordinates"] == 2 * 32 * 33
+    growth = [float(large[f"{name}_mib"]) - float(small[f"{name}_mib"]) for name in ("eager", "recompute")]
+    assert growth[1] < 0.1 * growth[0]

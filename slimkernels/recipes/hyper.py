@@ -124,12 +124,13 @@ BLOCK_ARMS = (
 
 
 def chosen(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:
-    """The arms whose names begin so; None: all of them."""
+    """The arms of these names, or else whose names begin so; None: all of them."""
     if names is None:
         return list(arms)
     found: list[Arm] = []
     for name in names:
-        fitting = [arm for arm in arms if arm.name.startswith(name) and arm not in found]
+        exact = [arm for arm in arms if arm.name == name]
+        fitting = exact or [arm for arm in arms if arm.name.startswith(name) and arm not in found]
         if not fitting:
             raise ValueError(f"train hyper: expected arms of {'; '.join(a.name for a in arms)}, got {name!r}")
         found += fitting
@@ -213,7 +214,7 @@ def last_block_recipe(
     tail.add_module("linear", network.linear)
     return Recipe(
         name="ResNet-20, last block",
-        network=tail,
+        network=tail.eval(),
         data=before_last_block(network, images, None if features is None else Path(features)),
         arms=chosen(BLOCK_ARMS, arms),
         convert={"widths": (0.25, 1.0), "divisor": 1},
