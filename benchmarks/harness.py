@@ -65,6 +65,25 @@ class Provider:
         return [t for t in (*self.inputs, *self.module.parameters()) if t.requires_grad]
 
 
+class Frozen(nn.Module):
+    """``module`` by torch.compile with its weights frozen, for inference.
+
+    The option ``freezing`` of torch.compile is not enough (torch 2.13): it is read again after the options are gone, and
+    then neither weights are packed nor additions fused. And it packs nothing in inference mode.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        torch._dynamo.reset()
+        torch._inductor.config.compile_threads = 1
+        self.module = module.eval()
+        self.compiled = torch.compile(module, dynamic=False)
+
+    def forward(self, *args: Tensor) -> object:
+        with torch.inference_mode(False), torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            return self.compiled(*args)
+
+
 def outputs(value: object) -> list[Tensor]:
     found = [value] if isinstance(value, Tensor) else [t for item in value for t in outputs(item)]  # type: ignore[attr-defined]
     return [t for t in found if t.is_floating_point()]
@@ -80,7 +99,7 @@ def providers(problem: Problem, with_compile: bool) -> dict[str, Provider]:
         train, frozen = copy.deepcopy(problem.sliced), copy.deepcopy(problem.sliced)
         found["compile"] = Provider(
             torch.compile(train, dynamic=False),
-            torch.compile(frozen.eval(), dynamic=False, options={"freezing": True}),
+            Frozen(frozen),
             train,
             problem.inputs,
         )
