@@ -83,10 +83,18 @@ struct Plan {
   std::vector<std::string> descriptions;  // of every step
 };
 
+// One action of a step: seconds (median), operations of its products, bytes of what it reads and writes once.
+struct StepTime {
+  int step;  // -1: moving an input or output, zeros around it
+  double seconds;
+  int64_t flops, bytes;
+};
+
 class Bound {
  public:
   Bound(std::shared_ptr<const Program> program, std::vector<Weights> weights, at::ScalarType dtype);
   std::vector<at::Tensor> run(std::vector<at::Tensor> inputs);
+  std::vector<StepTime> time(std::vector<at::Tensor> inputs, int64_t repeats);
   int64_t bytes() const;
   std::vector<std::string> describe();  // what each step ran on when it ran last
 
@@ -97,6 +105,7 @@ class Bound {
   int64_t element;  // bytes
 
  private:
+  std::vector<at::Tensor> run_plan(std::vector<at::Tensor> inputs, std::vector<std::vector<double>>* seconds);
   std::shared_ptr<const Plan> plan_for(const std::vector<at::Tensor>& inputs);
   std::mutex mutex_;
   std::map<std::vector<int64_t>, std::shared_ptr<const Plan>> plans_;

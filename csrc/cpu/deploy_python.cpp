@@ -1,5 +1,6 @@
 // What slimkernels.elastic.deploy calls.
 #include <torch/csrc/utils/pybind.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 
@@ -108,6 +109,13 @@ void bind_deploy(py::module_& m) {
         return std::make_shared<Bound>(std::move(program), std::move(weights), scalar_type(dtype));
       }))
       .def("run", &Bound::run, py::call_guard<py::gil_scoped_release>())
+      .def("time", [](Bound& bound, std::vector<at::Tensor> inputs, int64_t repeats) {
+        std::vector<std::tuple<int, double, int64_t, int64_t>> found;
+        for (const deploy::StepTime& t : bound.time(std::move(inputs), repeats)) {
+          found.emplace_back(t.step, t.seconds, t.flops, t.bytes);
+        }
+        return found;
+      })
       .def("describe", &Bound::describe)
       .def_property_readonly("bytes", &Bound::bytes);
   py::class_<Watch>(m, "DeployWatch").def(py::init<std::vector<at::Tensor>>()).def("changed", &Watch::changed);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 
 #include "deploy_plan.h"
@@ -272,7 +273,40 @@ std::vector<std::string> Bound::describe() {
   return latest_ ? latest_->descriptions : std::vector<std::string>();
 }
 
-std::vector<at::Tensor> Bound::run(std::vector<at::Tensor> inputs) {
+std::vector<at::Tensor> Bound::run(std::vector<at::Tensor> inputs) { return run_plan(std::move(inputs), nullptr); }
+
+std::vector<StepTime> Bound::time(std::vector<at::Tensor> inputs, int64_t repeats) {
+  std::vector<std::vector<double>> seconds;
+  for (int64_t i = 0; i < repeats + 2; ++i) {
+    if (i == 2) seconds.clear();  // warm
+    run_plan(inputs, &seconds);
+  }
+  const std::shared_ptr<const Plan> plan = plan_for(inputs);
+  std::vector<StepTime> found;
+  for (size_t i = 0; i < plan->actions.size(); ++i) {
+    const Action& a = plan->actions[i];
+    std::sort(seconds[i].begin(), seconds[i].end());
+    StepTime time{a.step, seconds[i][seconds[i].size() / 2], 0, 0};
+    for (const int v : {a.runs == Runs::kZeros ? -1 : a.x, a.residual, a.runs == Runs::kZeros ? -1 : a.y}) {
+      if (v < 0) continue;
+      const Value& value = plan->values[v];
+      time.bytes += value.n * value.h * value.w * value.c * element;
+    }
+    if (a.runs == Runs::kConv) {
+      const ConvJob& job = plan->convs[a.index];
+      time.flops = 2 * job.images * job.out_h * job.out_w * job.out_c * job.depth * (element == 2 ? 2 : 1);
+      time.bytes += job.depth * 4 * job.out_c;
+    } else if (a.runs == Runs::kDepthwise) {
+      const DepthwiseJob& job = plan->depthwises[a.index];
+      time.flops = 2 * job.images * job.out_h * job.out_w * job.channels * job.kernel_h * job.kernel_w;
+      time.bytes += job.channels * job.kernel_h * job.kernel_w * 4;
+    }
+    found.push_back(time);
+  }
+  return found;
+}
+
+std::vector<at::Tensor> Bound::run_plan(std::vector<at::Tensor> inputs, std::vector<std::vector<double>>* seconds) {
   TORCH_CHECK_VALUE(inputs.size() == program->input_ranks.size(), "deploy: expected ", program->input_ranks.size(),
                     " tensors, got ", inputs.size());
   for (const at::Tensor& t : inputs) {
@@ -287,7 +321,12 @@ std::vector<at::Tensor> Bound::run(std::vector<at::Tensor> inputs) {
   char* memory = static_cast<char*>(arena.data_ptr());
   const Run run{*this, *plan, inputs, outputs, memory};
   try {
-    for (const Action& action : plan->actions) run.act(action);
+    if (seconds) seconds->resize(plan->actions.size());
+    for (size_t i = 0; i < plan->actions.size(); ++i) {
+      const auto begin = std::chrono::steady_clock::now();
+      run.act(plan->actions[i]);
+      if (seconds) (*seconds)[i].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+    }
   } catch (...) {
     arenas().give(std::move(arena));
     throw;

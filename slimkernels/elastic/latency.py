@@ -1,4 +1,4 @@
-"""How long a plain network takes on this machine."""
+"""How long a sub-network takes on this machine, deployed."""
 
 import statistics
 import time
@@ -8,14 +8,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from slimkernels.elastic.deploy import deploy
+from slimkernels.elastic.plan import Depth, Width
 from slimkernels.elastic.trace import as_call
 
+_NO_LIMIT = 2**62  # of the packed weights: they are dropped at once
 _WARM, _RUNS, _SECONDS = 3, 15, 0.2
 
 
 @torch.inference_mode()
-def latency_ms(net: nn.Module, example_inputs: Any) -> float:
-    """Median time of a forward: at least 15 runs, and as many as take a fifth of a second."""
+def latency_ms(model: nn.Module, width: Width, depth: Depth, example_inputs: Any) -> float:
+    """Median time of a forward of what ``deploy`` gives at a width and depth: at least 15 runs, and as many as take a
+    fifth of a second."""
+    net = deploy(model, widths=[(width, depth)], max_cache_bytes=_NO_LIMIT)
     args, kwargs = as_call(example_inputs)
     on_cuda = any(isinstance(t, torch.Tensor) and t.is_cuda for t in tree_leaves(example_inputs))
     times: list[float] = []

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from slimkernels.elastic.cost import cost
-from slimkernels.elastic.extract import extract
 from slimkernels.elastic.latency import latency_ms
 from slimkernels.elastic.plan import Depth, Plan, Width, plan, unwrap
 from slimkernels.elastic.result import Candidate, SearchResult
@@ -40,7 +39,7 @@ def search(
     """The sub-network with the highest score within all limits: not merely the largest one that fits.
 
     Parameters and MACs are exact, in closed form. Latency is measured on this machine, with the caller's number of
-    threads, on what ``extract`` gives (plain torch layers): the median of several runs on ``example_inputs``.
+    threads, on what ``deploy`` gives: the median of several runs on ``example_inputs``.
 
     - `grid`: every (width, depth) within the limits is scored.
     - `greedy`: from the full network on, every dimension is tried one step smaller; the best of these is where the next
@@ -178,7 +177,7 @@ class _Scored:
             return candidate
         key = repr((width, depth))
         if key not in self.latencies:
-            self.latencies[key] = latency_ms(extract(self.model, width, depth).eval(), self.example_inputs)
+            self.latencies[key] = latency_ms(self.model, width, depth, self.example_inputs)
         return candidate.with_(latency_ms=self.latencies[key])
 
     def fits(self, candidate: Candidate) -> bool:
