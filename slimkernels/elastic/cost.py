@@ -7,7 +7,7 @@ from torch import nn
 
 from slimkernels.elastic.layers import CONVS, RECURRENT, TRANSPOSED, full_size, kind_of
 from slimkernels.elastic.plan import Depth, LayerCost, ParameterCost, Width, is_inside, plan
-from slimkernels.elastic.recurrent import macs_of, steps_of
+from slimkernels.elastic.recurrent import CELLS, LAYERS, macs_of, steps_of
 from slimkernels.elastic.slices import Dims, sliced_tensors
 from slimkernels.elastic.trace import run
 
@@ -89,7 +89,7 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
         name = names[id(module)]
         factors[name] = factors.get(name, 0) + factor
 
-    counted = (nn.Linear, *CONVS, nn.LSTM, nn.GRU)
+    counted = (nn.Linear, *CONVS, *LAYERS, *CELLS)
     hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, counted)]
     try:
         with torch.no_grad():

@@ -53,7 +53,7 @@ def kinds() -> tuple[LayerKind, ...]:
     found.append(LayerKind(nn.RMSNorm, {"ch": "normalized_shape"}, {"weight": {0: "ch"}}, "SlimRMSNorm"))
     found.append(LayerKind(nn.GroupNorm, {"ch": "num_channels"}, _CHANNELS, "SlimGroupNorm"))
     found.append(LayerKind(nn.Embedding, {"out": "embedding_dim"}, {"weight": {1: "out"}}, "SlimEmbedding"))
-    for layer in (nn.LSTM, nn.GRU):
+    for layer in (*recurrent.LAYERS, *recurrent.CELLS):
         found.append(LayerKind(layer, recurrent.SIDES, {}, f"Slim{layer.__name__}"))
     found.append(LayerKind(nn.PReLU, {"ch": "num_parameters"}, {"weight": {0: "ch"}}))
     return tuple(found)
@@ -61,7 +61,7 @@ def kinds() -> tuple[LayerKind, ...]:
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVS = (nn.modules.conv._ConvNd,)
-RECURRENT = (nn.RNNBase,)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 TAKES_IN = ("in", "state", "next")  # sides whose inactive entries have to see zeros
 TRANSPOSED = (nn.modules.conv._ConvTransposeNd,)
 

@@ -185,6 +185,11 @@ class _SlimCell(SlimModule, nn.RNNCellBase):
         self.in_blocks = in_blocks
         self._init_width(hidden_size)
 
+    def _init_slim(self) -> None:
+        """What a cell of torch that becomes this one lacks."""
+        self.in_blocks = 1
+        self._init_width(self.hidden_size)
+
     def _arguments(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         if x.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: expected input to have 1 or 2 dimensions, got {tuple(x.shape)}")

@@ -91,6 +91,25 @@ class Packed(nn.Module):
         return self.out(pad_packed_sequence(self.rnn(packed)[0])[0])
 
 
+class Cells(nn.Module):
+    """A loop over the steps, with states that the cells hand from one to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(6, 16)
+        self.first = nn.LSTMCell(16, 12)
+        self.second = nn.GRUCell(12, 20, bias=False)
+        self.out = nn.Linear(20, 3)
+
+    def forward(self, x):
+        state, h, steps = None, None, []
+        for step in x:
+            state = self.first(self.enter(step), state)
+            h = self.second(state[0], h)
+            steps.append(self.out(h))
+        return torch.stack(steps)
+
+
 STEPS = (5, 3, 6)
 NETS = {
     "gru-gru-linear": (GruGruLinear, STEPS, {"first", "second"}),
@@ -99,6 +118,7 @@ NETS = {
     "cnn-bilstm": (CnnLstm, (3, 6, 7), {"conv.0", "rnn"}),
     "bigru-bilstm": (BiToBi, STEPS, {"first", "second"}),
     "seq2seq": (Seq2Seq, STEPS, {"encoder"}),
+    "cells": (Cells, STEPS, {"enter", "first", "second"}),
     "packed": (Packed, STEPS, {"rnn"}),
     "nsnet2": (lambda: NSNet2(24, 32), (2, 4, 161), {"fc_in.0", "rnn1", "rnn2", "fc_out.0", "fc_out.2"}),
     "bsrnn": (
