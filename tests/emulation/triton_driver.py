@@ -8,6 +8,7 @@ In a process without ``TRITON_INTERPRET=1``. ``launches`` lists what ran.
 """
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -100,25 +101,27 @@ def simulated(target: str, order: str = "together", edit: Callable[[str], str] |
         raise ValueError(f"simulated: expected target to be one of {TARGETS}, got {target!r}")
     settings = Settings(target, order, edit, [])
     kernel = compiler.CompiledKernel
-    before = kernel._init_handles, kernel.__dict__.get("__del__"), triton.runtime.driver._active
+    before = kernel._init_handles, triton.runtime.driver._active
+    loaded: list[Any] = []
 
     def init_handles(self):
         limit = LIMITS[target].shared_per_block
         if self.metadata.shared > limit:
             raise triton.runtime.errors.OutOfResources(self.metadata.shared, limit, "shared memory")
+        loaded.append(self)
         self.module, self.function, self.n_regs, self.n_spills, self.n_max_threads = object(), 0, 0, 0, 1024
         self._run = lambda x, y, z, stream, function, m, lm, h0, h1, *args: _launch(self, (x, y, z), args, settings)
 
-    kernel._init_handles, kernel.__del__ = init_handles, lambda self: None
+    kernel._init_handles = init_handles
     triton.runtime.driver.set_active(SimulatedDriver(target))
     try:
         yield settings.launches
     finally:
-        triton.runtime.driver._active = before[2]
-        _forget_kernels()
+        triton.runtime.driver._active = before[1]
         kernel._init_handles = before[0]
-        if before[1] is not None:
-            kernel.__del__ = before[1]
+        for one in loaded:  # there is nothing to unload
+            one.module = None
+        _forget_kernels()
 
 
 def _launch(compiled: Any, grid: tuple[int, int, int], arguments: Sequence[Any], settings: Settings) -> None:
@@ -171,11 +174,6 @@ def _scalar(value: Any, kind: str) -> np.generic:
 
 def _forget_kernels() -> None:
     """Kernels that are loaded for the simulator must not be launched after it."""
-    for function in _jit_functions():
-        function.device_caches.clear()
-
-
-def _jit_functions() -> list[Any]:
-    import gc
-
-    return [one for one in gc.get_objects() if type(one) is triton.JITFunction]
+    for function in gc.get_objects():
+        if type(function) is triton.JITFunction:
+            function.device_caches.clear()
