@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimkernels.ops._common import OUTPUT_ACTIVATIONS, autograd, check_shape, define
+from slimkernels.ops._common import OUTPUT_ACTIVATIONS, autograd, check_shape, define, on_gpu
 from slimkernels.ops.activation import activation_grad
 from slimkernels.ops.slim_conv import (
     check_groups,
@@ -40,7 +40,7 @@ def slim_conv_transpose(
     dilation) + residual)``.
 
     On the CPU oneDNN runs it through PyTorch on the strided slice, then residual and activation in one pass of ours;
-    float64 runs the reference.
+    float64 runs the reference. On a GPU, 1d and 2d, the Triton kernels of ``slim_conv`` run it in place, all fused.
 
     Raises: ValueError when a shape, a width or a name does not fit, TypeError when dtypes differ.
     Numerics: 16-bit inputs are multiplied and summed in float32, and rounded before the residual is added.
@@ -142,3 +142,5 @@ define(
     default=reference.slim_conv_transpose_backward,
 )
 autograd("slim_conv_transpose", _backward, _setup_context)
+on_gpu("slim_conv_transpose", "slim_conv_transpose")
+on_gpu("slim_conv_transpose_backward", "slim_conv_transpose")

@@ -122,3 +122,17 @@ def test_slim_conv_outside_of_its_input_is_found(monkeypatch):
         torch.testing.assert_close(y, oracle(x, weight, padding=1))
         with pytest.raises(driver.PTXError, match=r"global .* out of bounds"):
             launch_conv(x, weight[:5], y, (1, 1, 1, 1, 1, 1), 1, False)
+
+
+@slow
+@pytest.mark.parametrize("target", driver.TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_slim_conv_transpose_simulated(dtype, target, monkeypatch):
+    from slimkernels.ops import slim_conv_transpose
+    from tests.ops import test_slim_conv_transpose as transpose
+
+    set_precision(monkeypatch, "ieee")
+    options = {"stride": 2, "padding": 1, "output_padding": 1, "channels_last": True, "activation": "relu"}
+    args, kwargs = transpose.sample(17, 6, 20, 9, (3, 3), (5, 4), **options)
+    with driver.simulated(target), launched_on_cpu("slim_conv_transpose"):
+        check_as_good_as_pytorch(slim_conv_transpose, transpose.oracle, args, kwargs, dtype)
