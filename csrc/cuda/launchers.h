@@ -21,7 +21,46 @@ struct SkSlice {
   int64_t size[kSkSliceDims], stride[kSkSliceDims];  // of the slice; the target's strides. Unused dimensions: size 1
 };
 
+// How the hidden layers are multiplied: the storage of the operands. Sums are float32.
+enum SkOperand { kSkOperandFloat = 0, kSkOperandTf32 = 1, kSkOperandBfloat16 = 2, kSkOperandHalf = 3 };
+
+// One tensor at one width. Sorted by network; tiles of all jobs and samples are numbered one after another.
+struct SkInrJob {
+  int64_t tensor, mlp, layer, layers, kernel, tile_out, tile_in, layout, c_out, c_in;
+  int64_t start;                           // of its weights in the result
+  int64_t tile_begin, tiles;               // its first tile; tiles in one sample
+  int64_t table_begin;                     // its first row in the tables: samples * (rows + columns) of them
+  const void* base;                        // or null
+  int64_t base_out, base_in, base_kernel;  // strides
+};
+
+// One call: the networks, padded to `hidden` (64, 128, 256 or 512) and `outputs` (a multiple of 64) with zeros.
+struct SkInr {
+  const float* w_in;      // (P, 6, 1 + 2 bands, hidden)
+  const float* b_in;      // (P, hidden)
+  const void* w_hidden;   // (P, D, hidden, hidden), operands
+  const float* b_hidden;  // (P, D, hidden)
+  const float* skip;      // (P, D)
+  const void* w_out;      // (P, outputs, hidden), operands
+  const float* b_out;     // (P, outputs)
+  const float* scale;     // (T,) or null
+  const SkInrJob* jobs;   // on the device
+  const int64_t* seed;    // on the device, or null: seed_value
+  float* tables;          // (rows, hidden) of the first layer; not for noise "element"
+  int64_t seed_value, job_count, tiles, table_rows;
+  int64_t mlps, hidden, depth, outputs, real_outputs, bands;
+  int64_t samples, first_sample, noise, neumeta, activation;
+  float norm, limit;
+};
+
 extern "C" {
+// Writes `bytes` bytes to the device without a copy that a CUDA graph could not hold. A multiple of 8.
+int sk_upload(void* to, const void* from, int64_t bytes, void* stream);
+// Coordinates of a tile. 0 when this hidden size is not taken.
+int64_t sk_inr_tile(int64_t hidden);
+// The weights of all jobs, in their layouts, into `weights` of dtype `dtype`; the bases have that dtype.
+int sk_inr_forward(const SkInr* call, void* weights, int operand, int dtype, void* stream);
+
 // y = act(conv(x, weight) + bias + residual). bias and residual may be null; residual has y's strides.
 int sk_depthwise_forward(const SkDepthwise* shape, const void* x, const void* weight, const void* bias,
                          const void* residual, void* y, int activation, int dtype, void* stream);

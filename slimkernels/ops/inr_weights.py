@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slimkernels.ops._common import (
     FLOAT_DTYPES,
+    LIBRARY,
     autocast_dtype,
     autograd,
     check_activation,
@@ -85,7 +86,10 @@ def inr_weights(
     of the encoding's columns (sines, then cosines, of a band) and offsets clamped to 0.49.
 
     ``save``: "full" keeps hidden activations for backward, ``samples * coordinates * D * H`` numbers; "recompute" keeps
-    nothing; "auto" is "full" when that fits ``save_budget``.
+    nothing; "auto" is "full" when that fits ``save_budget``, and "recompute" on CUDA.
+
+    GPU: forward in CUDA C++ (hidden up to 512, outputs up to 128, relu, elu, gelu or silu; float32 in tf32 where
+    ``torch.backends.cuda.matmul.allow_tf32``), the rest and backward in PyTorch.
 
     Raises: ValueError when a shape, a width, a name or a descriptor does not fit, TypeError when dtypes differ.
     Numerics: 16-bit parameters are multiplied in 16 bits and summed in float32; first layer and residual in float32.
@@ -146,7 +150,11 @@ def inr_weights(
 
 
 def keeps_activations(save, budget, parameters, scale, tensors, active, samples) -> bool:
-    if save == "recompute" or not grad_needed(*parameters, scale):
+    if (
+        save == "recompute"
+        or (save == "auto" and parameters.w_in.device.type == "cuda")
+        or not grad_needed(*parameters, scale)
+    ):
         return False
     depth, hidden = parameters.b_hidden.shape[1:]
     size = samples * coordinates(tensors, active) * depth * hidden * parameters.w_in.element_size()
@@ -350,3 +358,12 @@ define(
     default=reference.inr_weights_backward,
 )
 autograd("inr_weights", _backward, _setup_context)
+
+
+def _cuda(*args):
+    from slimkernels.cuda_kernels import inr_weights as kernels
+
+    return kernels.inr_weights(*args)
+
+
+LIBRARY.impl("inr_weights", _cuda, "CUDA")

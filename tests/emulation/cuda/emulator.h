@@ -65,6 +65,7 @@ T shuffled(unsigned mask, T value, unsigned lane, Place place) {
 
 inline float sinpif(float x) { return float(std::sin(M_PI * std::remainder(double(x), 2.0))); }
 inline float cospif(float x) { return float(std::cos(M_PI * std::remainder(double(x), 2.0))); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, 4);

@@ -58,6 +58,7 @@ def called() -> set[str]:
     return set(re.findall(r"operators\(\)\.(\w+)", text))
 
 
+@pytest.mark.slow_emulation
 def test_cuda_library_imports_without_a_gpu_and_its_schemas_match(library):
     names = sorted(defined())
     code = CHECK.format(root=str(ROOT), library=str(library), names=names)

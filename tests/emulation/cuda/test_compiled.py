@@ -10,13 +10,14 @@ WIDE = {"depthwise_rows_kernel<float, 4>", "depthwise_rows_kernel<__nv_bfloat16,
         "depthwise_planes_kernel", "depthwise_gradient_kernel<float, 4>", "depthwise_gradient_kernel<__half, 8>",
         "depthwise_gradient_kernel<__nv_bfloat16, 8>", "slice_accumulate_kernel<float, float>",
         "slice_accumulate_kernel<__half, __half>", "slice_accumulate_kernel<__nv_bfloat16, __nv_bfloat16>"}  # fmt: skip
-MATRIX: set[str] = set()
+MATRIX = {f"inr_forward_kernel<{operand}, {hidden}>" for operand in (1, 2, 3) for hidden in (64, 128, 256, 512)}
 
 
 def cases():
     for target in TARGETS:
-        marks = [] if target == "sm_80" else [pytest.mark.slow_emulation]
         for stem in STEMS:
+            quick = target == "sm_80" and stem not in ("inr_weights_float", "inr_weights_tf32", "inr_weights_half")
+            marks = [] if quick else [pytest.mark.slow_emulation]
             yield pytest.param(stem, target, marks=marks, id=f"{stem}-{target}")
 
 
@@ -40,6 +41,7 @@ def test_cuda_kernels_compile_and_fit(stem, target):
             assert "HMMA" in kernel.sass, f"{kernel.name}: no tensor-core instruction"
 
 
+@pytest.mark.slow_emulation
 def test_cuda_kernels_that_the_rules_name_exist():
     skip_without_nvcc()
     names = {name for stem in STEMS for name in compile_file(stem, "sm_80")}

@@ -1,0 +1,420 @@
+// What the forward and the backward kernel of inr_weights share: tiles of coordinates, the operands' storage, the
+// product of a tile in shared memory with a matrix that streams through it, and the first layer.
+//
+// A block of 8 warps owns a tile of coordinates. The residual stream h stays in registers in float32, in the layout of
+// the tensor cores' results; its rounded copy lies in shared memory as the left operand of the next layer.
+#pragma once
+
+#include "launchers.h"
+#include "numeric.cuh"
+#include "ptx.cuh"
+
+namespace slimkernels {
+
+constexpr int kInrThreads = 256;
+constexpr int kInrAxes = 6;
+constexpr int kInrStages = 2;
+constexpr int kInrTileBytes = 256;  // of shared memory for InrTile: in registers it would leave too few
+enum InrNoise { kNoiseNone, kNoiseAxis, kNoiseElement };
+
+// Storage of the operands: E numbers, kStep of them (64 bytes) a stage along k, rows kPad longer than their numbers so
+// that the accesses of a warp fall into different banks.
+template <int kOperand>
+struct Operand;
+template <>
+struct Operand<kSkOperandFloat> {
+  using E = float;
+  static __device__ __forceinline__ E from(float x) { return x; }
+};
+template <>
+struct Operand<kSkOperandTf32> {
+  using E = float;
+  static __device__ __forceinline__ E from(float x) { return round_to_tf32(x); }
+};
+template <>
+struct Operand<kSkOperandBfloat16> {
+  using E = __nv_bfloat16;
+  static __device__ __forceinline__ E from(float x) { return from_float<E>(x); }
+};
+template <>
+struct Operand<kSkOperandHalf> {
+  using E = __half;
+  static __device__ __forceinline__ E from(float x) { return from_float<E>(x); }
+};
+
+template <int kOperand, int kHidden>
+struct InrShape {
+  using E = typename Operand<kOperand>::E;
+  static constexpr int kRows = kHidden <= 256 ? 64 : 32;  // coordinates a tile
+  static constexpr int kWarpsM = kRows / 32, kWarpsN = 8 / kWarpsM;
+  static constexpr int kStep = 64 / sizeof(E), kPad = 16 / sizeof(E);
+  static constexpr int kPitch = kHidden + kPad, kStagePitch = kStep + kPad;
+  static constexpr int kTiles = kHidden / kWarpsN / 8;  // 8-column tiles a warp
+  static constexpr int kChunk = 64;                     // output columns computed together
+  static constexpr int kChunkTiles = kChunk / kWarpsN / 8;
+  static constexpr int kStageBytes = kHidden * kStagePitch * int(sizeof(E));
+  static constexpr int kLeftBytes = kRows * kPitch * int(sizeof(E));
+
+  // Bytes of shared memory: left operand, stages (which hold encodings, too), results.
+  static int64_t shared_bytes(int64_t outputs, int64_t encoded) {
+    const int64_t stages = kInrStages * kStageBytes, encodings = kRows * encoded * 4;
+    return kInrTileBytes + kLeftBytes + (stages > encodings ? stages : encodings) + kRows * outputs * 4;
+  }
+};
+
+// The place of a thread's numbers in a tile: tile m (16 rows), tile n (8 columns), number e of 4.
+struct Place {
+  int warp_m, warp_n, group, pair;
+  __device__ __forceinline__ Place(int warps_n) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    warp_m = warp / warps_n, warp_n = warp % warps_n, group = lane / 4, pair = lane % 4 * 2;
+  }
+  __device__ __forceinline__ int row(int m, int e) const { return warp_m * 32 + m * 16 + group + (e >> 1) * 8; }
+  __device__ __forceinline__ int column(int tiles, int n, int e) const {
+    return (warp_n * tiles + n) * 8 + pair + (e & 1);
+  }
+};
+
+// Rows [0, rows) and numbers [k0, k0 + kStep) of a matrix with rows of `pitch` numbers, to a stage.
+template <typename Shape>
+__device__ __forceinline__ void stage_matrix(typename Shape::E* stage, const typename Shape::E* matrix, int rows,
+                                             int pitch, int k0) {
+  constexpr int kVector = 16 / sizeof(typename Shape::E);
+  for (int i = threadIdx.x; i < rows * 4; i += kInrThreads) {
+    const int row = i / 4, column = i % 4 * kVector;
+    cp_async_16(stage + row * Shape::kStagePitch + column, matrix + int64_t(row) * pitch + k0 + column, true);
+  }
+  cp_commit();
+}
+
+// sum[m][n][e] += left (rows, k) * stage (columns, k)^T for the kStep numbers of one stage.
+template <int kOperand, typename Shape, int kTiles>
+__device__ __forceinline__ void multiply_stage(float (&sum)[2][kTiles][4], const typename Shape::E* left, int k0,
+                                               const typename Shape::E* stage, const Place& at) {
+  using E = typename Shape::E;
+  const int lane = threadIdx.x % 32;
+  const E* rows = left + at.warp_m * 32 * Shape::kPitch + k0;
+  const E* columns = stage + at.warp_n * kTiles * 8 * Shape::kStagePitch;
+  if constexpr (sizeof(E) == 2) {
+#pragma unroll
+    for (int k = 0; k < Shape::kStep; k += 16) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        ldmatrix_x4<false>(a[m], rows + (m * 16 + lane % 16) * Shape::kPitch + k + lane / 16 * 8);
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const E* b = columns + (n * 8 + at.group) * Shape::kStagePitch + k + at.pair;
+        const uint32_t b0 = *reinterpret_cast<const uint32_t*>(b), b1 = *reinterpret_cast<const uint32_t*>(b + 8);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          if constexpr (kOperand == kSkOperandBfloat16) {
+            mma_bf16(sum[m][n], a[m], b0, b1);
+          } else {
+            mma_f16(sum[m][n], a[m], b0, b1);
+          }
+        }
+      }
+    }
+  } else if constexpr (kOperand == kSkOperandTf32) {
+#pragma unroll
+    for (int k = 0; k < Shape::kStep; k += 8) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          a[m][i] = __float_as_uint(rows[(m * 16 + at.group + i % 2 * 8) * Shape::kPitch + k + lane % 4 + i / 2 * 4]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const E* b = columns + (n * 8 + at.group) * Shape::kStagePitch + k + lane % 4;
+#pragma unroll
+        for (int m = 0; m < 2; ++m) mma_tf32(sum[m][n], a[m], __float_as_uint(b[0]), __float_as_uint(b[4]));
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int k = 0; k < Shape::kStep; ++k) {
+      float a[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i / 2][i % 2] = rows[(i / 2 * 16 + at.group + i % 2 * 8) * Shape::kPitch + k];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float b = columns[(n * 8 + at.pair + c) * Shape::kStagePitch + k];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sum[i / 2][n][i % 2 * 2 + c] += a[i / 2][i % 2] * b;
+        }
+      }
+    }
+  }
+}
+
+// sum = left (tile, k) * matrix (columns, k)^T. The left operand is complete in shared memory before the call (a
+// barrier inside makes it seen), and nobody reads it after.
+template <int kOperand, typename Shape, int kTiles>
+__device__ __forceinline__ void multiply(float (&sum)[2][kTiles][4], const typename Shape::E* left,
+                                         typename Shape::E* stages, const typename Shape::E* matrix, int k_size) {
+  const Place at(Shape::kWarpsN);
+  constexpr int kRows = kTiles * 8 * Shape::kWarpsN, kStride = Shape::kStageBytes / int(sizeof(typename Shape::E));
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[m][n][e] = 0.0f;
+    }
+  }
+  const int steps = k_size / Shape::kStep;
+  stage_matrix<Shape>(stages, matrix, kRows, k_size, 0);
+  for (int step = 0; step < steps; ++step) {
+    if (step + 1 < steps) {
+      stage_matrix<Shape>(stages + (step + 1) % 2 * kStride, matrix, kRows, k_size, (step + 1) * Shape::kStep);
+      cp_wait<1>();
+    } else {
+      cp_wait<0>();
+    }
+    __syncthreads();
+    multiply_stage<kOperand, Shape, kTiles>(sum, left, step * Shape::kStep, stages + step % 2 * kStride, at);
+    __syncthreads();
+  }
+}
+
+template <int kOperand, typename Shape>
+__device__ __forceinline__ void put_left(typename Shape::E* left, const float (&h)[2][Shape::kTiles][4]) {
+  const Place at(Shape::kWarpsN);
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < Shape::kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        left[at.row(m, e) * Shape::kPitch + at.column(Shape::kTiles, n, e)] = Operand<kOperand>::from(h[m][n][e]);
+      }
+    }
+  }
+}
+
+// ---- coordinates
+
+__device__ __forceinline__ uint32_t inr_mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7FEB352Du;
+  x ^= x >> 15;
+  x *= 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
+// The offset of coordinate `index` on an axis: the numbers of the reference's noise_offsets.
+__device__ __forceinline__ float inr_offset(const SkInr& call, int64_t sample, int64_t tensor, int axis,
+                                            int64_t index) {
+  if (call.noise == kNoiseNone) return 0.0f;
+  const uint64_t seed = uint64_t(call.seed ? *call.seed : call.seed_value);
+  uint32_t key = inr_mix(inr_mix(uint32_t(seed)) ^ uint32_t(seed >> 32));
+  key = inr_mix(key + uint32_t(sample + call.first_sample));
+  key = inr_mix(inr_mix(key + uint32_t(tensor)) + uint32_t(axis));
+  const float u = float(inr_mix(inr_mix(uint32_t(index)) ^ key) >> 8) * 5.9604644775390625e-8f - 0.5f;
+  return fminf(fmaxf(u, -call.limit), call.limit);
+}
+
+// The coordinate's value on an axis; `position` is the row, the column or 0, `index` numbers the offset.
+__device__ __forceinline__ float inr_value(const SkInr& call, const SkInrJob& job, int64_t sample, int axis,
+                                           int64_t position, int64_t index) {
+  const int64_t raw = axis == 0 ? job.layer : axis == 3 ? job.layers : axis == 4 ? job.c_out : axis == 5 ? job.c_in : 0;
+  const int64_t step = axis == 1 ? job.tile_out : axis == 2 ? job.tile_in : 1;
+  const float divisor = axis == 0   ? float(job.layers)
+                        : axis == 1 ? float(job.c_out)
+                        : axis == 2 ? float(job.c_in)
+                                    : call.norm;
+  const float at = float(position) + float(raw) + inr_offset(call, sample, job.tensor, axis, index);
+  return at * float(step) / divisor;
+}
+
+// Number t of an axis' encoding: v, then sin and cos of pi * 2^band * v.
+__device__ __forceinline__ float inr_encode(float v, int t) {
+  if (t == 0) return v;
+  const float angle = v * float(1u << ((t - 1) / 2));  // exact
+  return t % 2 ? sinpif(angle) : cospif(angle);
+}
+
+__device__ __forceinline__ int64_t inr_columns(const SkInrJob& job) {
+  return (job.c_in + job.tile_in - 1) / job.tile_in;
+}
+__device__ __forceinline__ int64_t inr_rows(const SkInrJob& job) {
+  return (job.c_out + job.tile_out - 1) / job.tile_out;
+}
+
+// What a tile of the call is: coordinates [first, points) of a job in one sample.
+struct InrTile {
+  SkInrJob job;
+  int64_t sample, first, points, columns;
+
+  // `per_sample`: the samples are tiles of their own (backward).
+  __device__ __forceinline__ InrTile(const SkInr& call, int64_t tile, int rows, bool per_sample) {
+    int64_t low = 0, high = call.job_count;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (call.jobs[middle].tile_begin <= tile) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    job = call.jobs[low];
+    const int64_t at = tile - job.tile_begin;
+    sample = per_sample ? at / job.tiles : 0;
+    first = (at - sample * job.tiles) * rows;
+    columns = inr_columns(job);
+    points = inr_rows(job) * columns;
+  }
+
+  static __device__ __forceinline__ const InrTile& in_shared(void* shared, const SkInr& call, int64_t tile, int rows,
+                                                             bool per_sample) {
+    static_assert(sizeof(InrTile) <= kInrTileBytes);
+    InrTile* made = static_cast<InrTile*>(shared);
+    if (threadIdx.x == 0) *made = InrTile(call, tile, rows, per_sample);
+    __syncthreads();
+    return *made;
+  }
+};
+
+// Pre-activation of the first layer for the tile. `encodings` is room in shared memory for noise "element"; it is free
+// before the call and again after it.
+template <typename Shape>
+__device__ __forceinline__ void first_layer(float (&z)[2][Shape::kTiles][4], const SkInr& call, const InrTile& tile,
+                                            int64_t sample, float* encodings) {
+  const Place at(Shape::kWarpsN);
+  const int hidden = int(call.hidden), encoded = 1 + 2 * int(call.bands);
+  if (call.noise != kNoiseElement) {
+    const int64_t rows = inr_rows(tile.job);
+    const float* table = call.tables + (tile.job.table_begin + sample * (rows + tile.columns)) * hidden;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int m = i / 2, e = i % 2 * 2;
+      int64_t point = tile.first + at.row(m, e);
+      if (point >= tile.points) point = tile.points - 1;
+      const int64_t row = point / tile.columns, column = point - row * tile.columns;
+      const float* of_row = table + row * hidden;
+      const float* of_column = table + (rows + column) * hidden;
+#pragma unroll
+      for (int n = 0; n < Shape::kTiles; ++n) {
+        const int h = at.column(Shape::kTiles, n, 0);
+        const float2 x = *reinterpret_cast<const float2*>(of_row + h);
+        const float2 y = *reinterpret_cast<const float2*>(of_column + h);
+        z[m][n][e] = x.x + y.x, z[m][n][e + 1] = x.y + y.y;
+      }
+    }
+    return;
+  }
+  const float* bias = call.b_in + tile.job.mlp * hidden;
+#pragma unroll
+  for (int n = 0; n < Shape::kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) z[0][n][e] = z[1][n][e] = bias[at.column(Shape::kTiles, n, e)];
+  }
+  for (int axis = 0; axis < kInrAxes; ++axis) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < Shape::kRows * encoded; i += kInrThreads) {
+      int64_t point = tile.first + i / encoded;
+      if (point >= tile.points) point = tile.points - 1;
+      const int64_t row = point / tile.columns, column = point - row * tile.columns;
+      const int64_t position = axis == 1 ? row : axis == 2 ? column : 0;
+      encodings[i] = inr_encode(inr_value(call, tile.job, sample, axis, position, point), i % encoded);
+    }
+    __syncthreads();
+    const float* weights = call.w_in + (tile.job.mlp * kInrAxes + axis) * encoded * hidden;
+    for (int t = 0; t < encoded; ++t) {
+      float x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = encodings[at.row(i / 2, i % 2 * 2) * encoded + t];
+#pragma unroll
+      for (int n = 0; n < Shape::kTiles; ++n) {
+        const float2 w =
+            *reinterpret_cast<const float2*>(weights + int64_t(t) * hidden + at.column(Shape::kTiles, n, 0));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          z[i / 2][n][i % 2 * 2] += x[i] * w.x, z[i / 2][n][i % 2 * 2 + 1] += x[i] * w.y;
+        }
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// The activations that the kernels know (others run the reference), short enough to stand in the code for every number
+// of a tile. 1 / x is the hardware's, within one unit in the last place.
+__device__ __forceinline__ float inr_sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+
+template <int kKind>
+__device__ __forceinline__ float inr_activate(float x) {
+  if constexpr (kKind == kRelu) return fmaxf(x, 0.0f);
+  if constexpr (kKind == kElu) return x > 0.0f ? x : expf(x) - 1.0f;
+  if constexpr (kKind == kGelu) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+  return x * inr_sigmoid(x);
+}
+
+// The derivative, from the input.
+template <int kKind>
+__device__ __forceinline__ float inr_derivative(float x) {
+  if constexpr (kKind == kRelu) return x > 0.0f ? 1.0f : 0.0f;
+  if constexpr (kKind == kElu) return x > 0.0f ? 1.0f : expf(x);
+  if constexpr (kKind == kGelu) {
+    return 0.5f * (1.0f + erff(x * 0.7071067811865476f)) + x * 0.3989422804014327f * expf(-0.5f * x * x);
+  }
+  const float s = inr_sigmoid(x);
+  return s * (1.0f + x * (1.0f - s));
+}
+
+template <int kKind, int kTiles>
+__device__ __forceinline__ void activate_all_of(float (&x)[2][kTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[m][n][e] = inr_activate<kKind>(x[m][n][e]);
+    }
+  }
+}
+
+// Every number of the tile through the activation.
+template <int kTiles>
+__device__ __forceinline__ void activate_tile(float (&x)[2][kTiles][4], int activation) {
+  if (activation == kRelu) {
+    activate_all_of<kRelu>(x);
+  } else if (activation == kElu) {
+    activate_all_of<kElu>(x);
+  } else if (activation == kGelu) {
+    activate_all_of<kGelu>(x);
+  } else {
+    activate_all_of<kSilu>(x);
+  }
+}
+
+// Where number `k` of the coordinate's kernel patch goes: output and input channel and kernel element.
+struct InrTarget {
+  int64_t out, in, element;
+  __device__ __forceinline__ InrTarget(const SkInrJob& job, int64_t columns, int64_t point, int k) {
+    const int64_t row = point / columns, column = point - row * columns;
+    const int patch = k / int(job.kernel);
+    element = k - patch * job.kernel;
+    out = row * job.tile_out + patch / job.tile_in, in = column * job.tile_in + patch % job.tile_in;
+  }
+  __device__ __forceinline__ bool inside(const SkInrJob& job) const { return out < job.c_out && in < job.c_in; }
+  __device__ __forceinline__ int64_t offset(const SkInrJob& job) const {
+    if (job.layout == 1) return (in * job.c_out + out) * job.kernel + element;
+    if (job.layout == 2) return (out * job.kernel + element) * job.c_in + in;
+    return (out * job.c_in + in) * job.kernel + element;
+  }
+};
+
+__device__ __forceinline__ int inr_emitted(const SkInrJob& job) { return int(job.kernel * job.tile_out * job.tile_in); }
+__device__ __forceinline__ int inr_first_output(const SkInr& call, const SkInrJob& job) {
+  return (int(call.real_outputs) - inr_emitted(job)) / 2;  // a smaller kernel takes the middle
+}
+
+}  // namespace slimkernels

@@ -1,0 +1,10 @@
+#include "inr_weights_forward.cuh"
+#include "inr_weights_operands.h"
+
+namespace slimkernels {
+
+int inr_forward_float(const SkInr& call, void* weights, int dtype, void* stream) {
+  return forward<kSkOperandFloat>(call, weights, dtype, stream);
+}
+
+}  // namespace slimkernels

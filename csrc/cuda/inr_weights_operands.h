@@ -1,0 +1,13 @@
+// The kernels of inr_weights, one source file an operand: nvcc takes the files side by side.
+#pragma once
+
+#include "launchers.h"
+
+namespace slimkernels {
+
+int inr_forward_float(const SkInr& call, void* weights, int dtype, void* stream);
+int inr_forward_tf32(const SkInr& call, void* weights, int dtype, void* stream);
+int inr_forward_bfloat16(const SkInr& call, void* weights, int dtype, void* stream);
+int inr_forward_half(const SkInr& call, void* weights, int dtype, void* stream);
+
+}  // namespace slimkernels

@@ -1,0 +1,10 @@
+#include "inr_weights_forward.cuh"
+#include "inr_weights_operands.h"
+
+namespace slimkernels {
+
+int inr_forward_tf32(const SkInr& call, void* weights, int dtype, void* stream) {
+  return forward<kSkOperandTf32>(call, weights, dtype, stream);
+}
+
+}  // namespace slimkernels

@@ -1,0 +1,123 @@
+"""Rung C2: ``inr_weights`` on CPU fibers, in three schedules, against the reference."""
+
+import pytest
+import torch
+
+from slimkernels.ops.inr_weights import InrTensor
+from slimkernels.reference import inr_weights as reference
+from tests.emulation.cuda import inr
+from tests.emulation.cuda.library import SCHEDULES, EmulationError, Kernels, skip_unless_possible
+from tests.helpers import error
+
+OPERANDS = {"f32": 0, "tf32": 1, "bf16": 2, "f16": 3}
+SOURCES = {0: torch.float32, 1: torch.float32, 2: torch.bfloat16, 3: torch.float16}
+# Of the weights against float64, where the reference in float32 has less than 1e-5.
+LIMITS = {0: 1e-5, 1: 2e-3, 2: 2e-2, 3: 3e-3}
+
+
+def networks(count, hidden, depth, bands, outputs, dtype):
+    inputs = 6 + 12 * bands
+    return [
+        t.to(dtype)
+        for t in (
+            torch.randn(count, hidden, inputs) / inputs**0.5,
+            torch.randn(count, hidden) * 0.1,
+            torch.randn(count, depth, hidden, hidden) * (2 / hidden) ** 0.5,
+            torch.randn(count, depth, hidden) * 0.1,
+            torch.full((count, depth), 0.3) + torch.randn(count, depth) * 0.05,
+            torch.randn(count, outputs, hidden) / hidden**0.5,
+            torch.randn(count, outputs) * 0.1,
+        )
+    ]
+
+
+TENSORS = [
+    (InrTensor(0, 4, (3, 3), 2), (7, 5)),
+    (InrTensor(1, 4, (1, 3), 1, "iohw"), (6, 3)),
+    (InrTensor(2, 4, (2, 2), 1, "channels_last"), (5, 9)),
+    (InrTensor(3, 4, (), 0, tile=(2, 3)), (9, 10)),
+    (InrTensor(3, 4, (), 0, "bias"), (11, 1)),
+]
+
+
+def sample(hidden, depth, operand, outputs=9, with_base=True, tensors=TENSORS):
+    dtype = SOURCES[operand]
+    parameters = networks(3, hidden, depth, 4, outputs, dtype)
+    active = [n for _, pair in tensors for n in pair]
+    spec = [value for tensor, _ in tensors for value in tensor.packed()]
+    base = [torch.randn(t.shape(o + 3, i + 2 * (i > 1))) for t, (o, i) in tensors] if with_base else []
+    if with_base and len(base) > 2:
+        base[2] = base[2].contiguous(memory_format=torch.channels_last)
+    return parameters, torch.randn(len(tensors)).to(dtype), base, active, spec
+
+
+def check(kernels, hidden, depth, operand, activation="relu", noise="none", samples=1, order="neumeta", **more):
+    parameters, scale, base, active, spec = sample(hidden, depth, operand, **more)
+    options = (activation, order, 128.0, noise, 0.5, samples, 1)
+    dtype = torch.float32 if operand != 3 else torch.float16
+    base = [b.to(dtype) for b in base]
+    with inr.on_emulator(kernels, operand):
+        arguments = (*parameters, scale, base, torch.tensor(77), active, spec, *options, dtype, False)
+        ours, _ = inr.packing.inr_weights(*arguments)
+    exact, _ = reference.inr_weights(
+        *(p.double() for p in parameters), scale.double(), [b.double() for b in base], torch.tensor(77), active, spec,
+        *options, torch.float64, False,
+    )  # fmt: skip
+    assert error(ours, exact) < LIMITS[operand]
+
+
+RUNS = [(s, o) for s in SCHEDULES for o in OPERANDS if s == 0 or o in ("f32", "bf16")]
+
+
+@pytest.mark.parametrize(("schedule", "operand"), RUNS)
+def test_inr_weights_forward(schedule, operand):
+    skip_unless_possible()
+    check(Kernels(inr.STEMS, schedule), 33, 2, OPERANDS[operand])
+
+
+@pytest.mark.parametrize("activation", ["elu", "gelu", "silu"])
+def test_inr_weights_activations(activation):
+    skip_unless_possible()
+    check(Kernels(inr.STEMS), 32, 1, 0, activation)
+
+
+@pytest.mark.parametrize("noise", ["axis", "element"])
+def test_inr_weights_noise_and_samples(noise):
+    skip_unless_possible()
+    check(Kernels(inr.STEMS, 1), 24, 1, 0, noise=noise, samples=3, order="htty")
+
+
+@pytest.mark.parametrize("hidden", [100, 256, 300])
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_inr_weights_hidden_sizes(hidden, operand):
+    skip_unless_possible()
+    check(Kernels(inr.STEMS), hidden, 1, OPERANDS[operand], tensors=TENSORS[:1])
+
+
+def test_inr_weights_without_hidden_layers_and_many_outputs():
+    skip_unless_possible()
+    check(Kernels(inr.STEMS), 64, 0, 0, outputs=80, tensors=[(InrTensor(1, 3, (3, 3), 1, tile=(4, 2)), (9, 70))])
+
+
+BUGS = {
+    "barrier after the stage is read": ("inr_weights.cuh", "kStride, at);\n    __syncthreads();", "kStride, at);"),
+    "barrier before the stage is read": ("inr_weights.cuh", "__syncthreads();\n    multiply_stage", "multiply_stage"),
+    "copies awaited": ("inr_weights.cuh", "      cp_wait<1>();", "      cp_wait<2>();"),
+    "row of the result": ("inr_weights.cuh", "group + (e >> 1) * 8;", "group + (e >> 1) * 4;"),
+    "barrier before the results": ("inr_weights_forward.cuh", "  __syncthreads();\n  const int emitted", "  const int emitted"),
+    "edge of a tiled tensor": ("inr_weights.cuh", "return out < job.c_out && in", "return out <= job.c_out && in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow_emulation] * (i > 1)) for i, n in enumerate(BUGS)]
+)
+def test_inr_weights_planted_bugs_are_found(name):
+    skip_unless_possible()
+
+    def broken():
+        for schedule in SCHEDULES:
+            check(Kernels(inr.STEMS, schedule, BUGS[name]), 33, 2, 0)
+
+    with pytest.raises((AssertionError, EmulationError)):
+        broken()
