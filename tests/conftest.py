@@ -3,6 +3,18 @@
 import pytest
 import torch
 
+from tests.helpers import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _default_device():
+    """SLIMKERNELS_TEST_DEVICE=cuda: what a test makes without naming a device is on the GPU."""
+    if DEVICE == "cpu":
+        yield
+        return
+    with torch.device(DEVICE):
+        yield
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory_and_seed():

@@ -5,6 +5,7 @@ with plain PyTorch calls: it never goes through slimkernels.
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+# With SLIMKERNELS_TEST_DEVICE=cuda every tensor that a test makes is on the GPU (tests/conftest.py), unless it says "cpu".
+DEVICE = os.environ.get("SLIMKERNELS_TEST_DEVICE", "cpu")
+DEVICES = [DEVICE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 ODD_SIZES = [1, 3, 5, 7, 9, 13, 17, 31, 33, 65, 72, 100, 129]
@@ -50,7 +53,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-def cast_like(t: Tensor, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+def cast_like(t: Tensor, dtype: torch.dtype, device: str = DEVICE) -> Tensor:
     """A copy in ``dtype`` with the same strides (also for slices, transposes and expanded views), requiring grad if floating."""
     if not t.is_floating_point():
         return t.clone().to(device)
@@ -68,15 +71,18 @@ def run_with_grads(fn: Callable, args: tuple, kwargs: dict, seed: int = 1) -> tu
     """Outputs and the gradient of every floating-point input that requires it, for a random output gradient."""
     leaves = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
     outputs = [t for t in tensors_in((fn(*args, **kwargs),)) if t.is_floating_point()]
-    generator = torch.Generator().manual_seed(seed)
-    dys = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype).to(o.device) for o in outputs]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    dys = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o.dtype).to(o.device)
+        for o in outputs
+    ]
     active = [(o, dy) for o, dy in zip(outputs, dys, strict=True) if o.requires_grad]
     grads = torch.autograd.grad([o for o, _ in active], leaves, [dy for _, dy in active], allow_unused=True)
     return [o.detach() for o in outputs], list(grads)
 
 
 def check_as_good_as_pytorch(
-    op: Callable, oracle: Callable, args: tuple, kwargs: dict, dtype: torch.dtype, device: str = "cpu"
+    op: Callable, oracle: Callable, args: tuple, kwargs: dict, dtype: torch.dtype, device: str = DEVICE
 ) -> None:
     """Output and every gradient: error against float64 at most twice that of PyTorch in the same dtype, plus a floor."""
 
