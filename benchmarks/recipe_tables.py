@@ -10,7 +10,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
-TABLES = {"demo": "demo-digits.csv", "cifar": "cifar10-resnet20.csv", "enhance": "nsnet2-enhance.csv"}
+TABLES = {
+    "demo": "demo-digits.csv",
+    "cifar": "cifar10-resnet20.csv",
+    "enhance": "nsnet2-enhance.csv",
+    "hyper-block": "hyper/last-block.csv",
+    "hyper-digits": "hyper/digits.csv",
+    "hyper-cifar": "hyper/cifar.csv",
+}
+HYPER_WIDTHS = ("1", "0.8125", "0.75", "0.625", "0.5", "0.4375", "0.25")
 PROVIDERS = {"slimkernels": "ours", "slicing": "slicing", "plain": "plain"}
 
 
@@ -58,6 +66,31 @@ def speech_markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"{text} `{first['command']}`"])
 
 
+def hyper_markdown(rows: list[dict[str, str]]) -> str:
+    """A row an arm: accuracy in percent, the mean over seeds where there are several."""
+    unseen = {row["width"] for row in rows if row["trained"] == "no" and not row["arm"].endswith("sliced")}
+    heads = ["arm", "seeds", *(f"{w}*" if w in unseen else w for w in HYPER_WIDTHS)]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(HYPER_WIDTHS)]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        of_arm = [row for row in rows if row["arm"] == arm]
+        cells = []
+        for width in HYPER_WIDTHS:
+            found = [100 * float(row["accuracy"]) for row in of_arm if row["width"] == width]
+            cells.append(f"{sum(found) / len(found):.1f}" if found else "")
+        seeds = str(len({row["seed"] for row in of_arm}))
+        lines.append("| " + " | ".join([arm, "" if arm.endswith("sliced") else seeds, *cells]) + " |")
+    last = rows[-1]
+    text = (
+        f"{last['network']} on {last['data']}: {int(last['train_images']):,} images to train on,"
+        f" {int(last['test_images']):,} to test; {last['steps']} steps of {last['batch_size']}. Accuracy in %; * never trained;"
+        ' "sliced": before any training; "alone": a copy of the network trained at that width only; "mean of K": weights'
+        " averaged over K noisy samples."
+    )
+    note = f" {last['note']}" if last["note"] else ""
+    commands = dict.fromkeys(row["command"] for row in rows)
+    return "\n".join([*lines, "", f"{text}{note} {', '.join(f'`{c}`' for c in commands)}"])
+
+
 def filled(text: str) -> str:
     for name, file in TABLES.items():
         path = FOLDER / "results" / file
@@ -67,7 +100,8 @@ def filled(text: str) -> str:
         with path.open(newline="") as opened:
             rows = list(csv.DictReader(opened))
         before, rest = text.split(begin, 1)
-        text = f"{before}{begin}\n{(speech_markdown if name == 'enhance' else markdown)(rows)}\n{end}{rest.split(end, 1)[1]}"
+        kind = speech_markdown if name == "enhance" else hyper_markdown if name.startswith("hyper") else markdown
+        text = f"{before}{begin}\n{kind(rows)}\n{end}{rest.split(end, 1)[1]}"
     return text
 
 

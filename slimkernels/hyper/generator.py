@@ -95,7 +95,9 @@ class WeightGenerator(nn.Module):
         self.target = _elastic(target, example_inputs, convert)
         plan = elastic.plan(self.target)
         self.targets = find(self.target, plan, tensors, tile)
-        self.target.requires_grad_(False)
+        self.target.requires_grad_(
+            False
+        ).train()  # like the generator: batch norms of a pre-trained net were in eval mode
         self.blocks = _check_blocks(blocks, self.targets)
         full = plan.units("WeightGenerator", 1.0)
         sizes = [size for t in self.targets for size in t.active(full)]

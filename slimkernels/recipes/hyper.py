@@ -110,7 +110,7 @@ CIFAR_ARMS = (
     Arm("slimmable", lr=1e-3),
     Arm("residual", "residual", base="residual", lr=6e-3),
     Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
-    Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, trainer={"weight_norm": 0.0, "reconstruction_steps": 300}),
+    Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, trainer={"weight_norm": 0.0, "reconstruction_steps": 200}),
     Arm("alone", lr=1e-3, alone=True),
 )
 BLOCK_ARMS = (
