@@ -17,7 +17,7 @@ def takes(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether the kernels run this convolution of ``x`` (B, c, *spatial): depthwise, 1d or 2d, not empty."""
     spatial = x.shape[2:]
     return (
-        groups == x.shape[1]
+        groups == x.shape[1] > 1
         and x.dim() in (3, 4)
         and x.dtype in DTYPES
         and x.numel() > 0

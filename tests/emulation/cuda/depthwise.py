@@ -58,3 +58,21 @@ def weight_gradient(kernels: Kernels, dy, x, weight, geometry) -> Tensor:
         DTYPES[x.dtype],
     )  # fmt: skip
     return dw
+
+
+class Operators:
+    """What csrc/cuda/binding.cpp offers, with the emulator's launchers behind it."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def depthwise_forward(self, x, weight, bias, residual, y, geometry, activation) -> None:
+        pairs = geometry[:2], geometry[2:4], geometry[4:]
+        forward(self.kernels, x, weight, bias, residual, y, pairs, ACTIVATIONS[activation])
+
+    def depthwise_input_gradient(self, dy, weight, dx, geometry) -> None:
+        input_gradient(self.kernels, dy, weight, dx, (geometry[:2], geometry[2:4], geometry[4:]))
+
+    def depthwise_weight_gradient(self, dy, x, dw, geometry) -> None:
+        pairs = geometry[:2], geometry[2:4], geometry[4:]
+        dw.copy_(weight_gradient(self.kernels, dy, x, dw, pairs))

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slimkernels.cuda_kernels import slim_conv_depthwise as cuda_launchers
+from slimkernels.reference import slim_conv as reference
 from tests.emulation.cuda import depthwise
 from tests.emulation.cuda.library import SCHEDULES, EmulationError, Kernels, guarded, skip_unless_possible
 from tests.helpers import DTYPES, FLOOR, dtype_id, error
@@ -115,6 +117,30 @@ def test_depthwise_weight_gradient_is_the_same_twice():
     runs = [depthwise.weight_gradient(Kernels(depthwise.STEMS, s), dy, x, weight, geometry) for s in SCHEDULES]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_depthwise_through_the_launchers_that_slim_conv_calls(monkeypatch, spatial, channels_last):
+    skip_unless_possible()
+    monkeypatch.setattr(cuda_launchers, "operators", lambda: depthwise.Operators(Kernels(depthwise.STEMS)))
+    monkeypatch.setattr(cuda_launchers, "available", lambda: True)
+    x, weight, bias = torch.randn(2, 5, *[9, 8][:spatial]), torch.randn(14, 1, *[3, 2][:spatial]), torch.randn(14)
+    if channels_last and spatial == 2:
+        x = x.contiguous(memory_format=torch.channels_last)
+    assert cuda_launchers.takes(x, weight, 5)
+    geometry = [2, 1][:spatial], [1, 0][:spatial], [1, 2][:spatial]
+    expected = reference.slim_conv(x, weight, bias, 10, *geometry, 5, "none", None)
+    residual = torch.randn(expected.shape)
+    expected = torch.relu(expected + residual)
+    y = cuda_launchers.forward(x, weight, bias, 10, *geometry, "relu", residual)
+    assert y.stride() == reference.slim_conv(x, weight, bias, 10, *geometry, 5, "none", None).stride()
+    assert error(y, expected) < 1e-6
+    gradients = cuda_launchers.backward(residual, x, weight, *geometry, True, True, True)
+    wanted = reference.slim_conv_backward(residual, x, weight, *geometry, 5, True, True, True)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        assert error(ours, theirs) < 1e-6
+        assert ours.stride() == theirs.stride()
 
 
 _BARRIER = "    __syncthreads();\n"

@@ -105,7 +105,7 @@ BUGS = {
     "copies awaited": ("inr_weights.cuh", "      cp_wait<1>();", "      cp_wait<2>();"),
     "row of the result": ("inr_weights.cuh", "group + (e >> 1) * 8;", "group + (e >> 1) * 4;"),
     "barrier before the results": ("inr_weights_forward.cuh", "  __syncthreads();\n  const int emitted", "  const int emitted"),
-    "edge of a tiled tensor": ("inr_weights.cuh", "return out < job.c_out && in", "return out <= job.c_out && in"),
+    "edge of a tiled tensor": ("inr_coordinates.cuh", "return out < job.c_out && in", "return out <= job.c_out && in"),
 }  # fmt: skip
 
 
