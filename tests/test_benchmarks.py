@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import harness, report, run
+from benchmarks import deploy_page, harness, report, run
 from benchmarks.shapes import reduced, shapes
 
 
@@ -112,6 +112,10 @@ def test_a_run_replaces_the_rows_of_its_op(tmp_path, monkeypatch):
 
 def test_readme_table_and_plots_are_not_stale():
     assert report.stale() == []
+
+
+def test_page_of_deployed_networks_is_not_stale():
+    assert deploy_page.stale() == []
 
 
 def test_inr_scaling_measures_share_memory_and_samples():

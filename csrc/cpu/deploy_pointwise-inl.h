@@ -1,43 +1,57 @@
 // Pooling and elementwise operations of deployed networks; included by deploy-inl.h.
 
+// The taps of a window that lie inside [0, size): first one and one past the last.
+inline std::pair<int64_t, int64_t> taps_inside(int64_t from, int64_t size, int64_t kernel, int64_t dilation) {
+  const int64_t first = from < 0 ? (-from + dilation - 1) / dilation : 0;
+  const int64_t end = from >= size ? 0 : (size - 1 - from) / dilation + 1;
+  return {first, std::max(first, std::min(kernel, end))};
+}
+
+template <bool Max, typename T>
+void pool_rows(const deploy::PoolJob& job, const deploy::Places& at, int64_t begin, int64_t end) {
+  const int64_t step_h = job.dilation_h * job.x.row, step_w = job.dilation_w * job.x.pixel;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / job.out_h, line = task % job.out_h;
+    const int64_t top = line * job.stride_h - job.pad_h;
+    const auto [y_first, y_end] = taps_inside(top, job.in_h, job.kernel_h, job.dilation_h);
+    const T* x_image = (const T*)at.x + image * job.x.image;
+    T* y_row = (T*)at.y + image * job.y.image + line * job.y.row;
+    for (int64_t j = 0; j < job.out_w; ++j) {
+      const int64_t left = j * job.stride_w - job.pad_w;
+      const auto [x_first, x_end] = taps_inside(left, job.in_w, job.kernel_w, job.dilation_w);
+      int64_t count = (y_end - y_first) * (x_end - x_first);
+      if (!Max && job.count_padding) {
+        // As in PyTorch: padding counts, but not what a window has beyond it.
+        count = (std::min(top + job.kernel_h, job.in_h + job.pad_h) - top) *
+                (std::min(left + job.kernel_w, job.in_w + job.pad_w) - left);
+      }
+      const float share = 1.0f / static_cast<float>(count);
+      const T* window = x_image + (top + y_first * job.dilation_h) * job.x.row + (left + x_first * job.dilation_w) * job.x.pixel;
+      for (int64_t c = 0; c < job.channels; c += kLanes) {
+        const int n = std::min<int64_t>(kLanes, job.channels - c);
+        vf acc = splat(Max ? -std::numeric_limits<float>::infinity() : 0.0f);
+        for (int64_t ky = 0; ky < y_end - y_first; ++ky) {
+          const T* x = window + ky * step_h + c;
+          for (int64_t kx = 0; kx < x_end - x_first; ++kx, x += step_w) {
+            const vf value = get_some(x, n);
+            if constexpr (Max) {
+              acc = (value > acc) | (value != value) ? value : acc;  // a NaN stays
+            } else {
+              acc += value;
+            }
+          }
+        }
+        put_some(y_row + j * job.y.pixel + c, Max ? acc : acc * share, n);
+      }
+    }
+  }
+}
+
 template <typename T>
 void pool_kernel(const deploy::PoolJob& job, const deploy::Places& at) {
   const int64_t work = job.out_w * job.channels * job.kernel_h * job.kernel_w / kLanes;
   at::parallel_for(0, job.images * job.out_h, 1 + (1 << 14) / (work + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / job.out_h, line = task % job.out_h;
-      const int64_t top = line * job.stride_h - job.pad_h;
-      const T* x_image = (const T*)at.x + image * job.x.image;
-      T* y_row = (T*)at.y + image * job.y.image + line * job.y.row;
-      for (int64_t j = 0; j < job.out_w; ++j) {
-        const int64_t left = j * job.stride_w - job.pad_w;
-        int64_t count = job.kernel_h * job.kernel_w;
-        if (!job.max) {
-          // As in PyTorch: padding counts, but not what a window has beyond it.
-          const auto inside = [&](int64_t from, int64_t size, int64_t pad, int64_t kernel) {
-            const int64_t low = job.count_padding ? from : std::max<int64_t>(from, 0);
-            return std::min(from + kernel, size + (job.count_padding ? pad : 0)) - low;
-          };
-          count = inside(top, job.in_h, job.pad_h, job.kernel_h) * inside(left, job.in_w, job.pad_w, job.kernel_w);
-        }
-        const float share = 1.0f / static_cast<float>(count);
-        for (int64_t c = 0; c < job.channels; c += kLanes) {
-          const int n = std::min<int64_t>(kLanes, job.channels - c);
-          vf acc = splat(job.max ? -std::numeric_limits<float>::infinity() : 0.0f);
-          for (int64_t ky = 0; ky < job.kernel_h; ++ky) {
-            const int64_t row = top + ky * job.dilation_h;
-            if (row < 0 || row >= job.in_h) continue;
-            for (int64_t kx = 0; kx < job.kernel_w; ++kx) {
-              const int64_t column = left + kx * job.dilation_w;
-              if (column < 0 || column >= job.in_w) continue;
-              const vf value = get_some(x_image + row * job.x.row + column * job.x.pixel + c, n);
-              acc = job.max ? ((value > acc) | (value != value) ? value : acc) : acc + value;
-            }
-          }
-          put_some(y_row + j * job.y.pixel + c, job.max ? acc : acc * share, n);
-        }
-      }
-    }
+    job.max ? pool_rows<true, T>(job, at, begin, end) : pool_rows<false, T>(job, at, begin, end);
   });
 }
 

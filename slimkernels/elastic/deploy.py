@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from slimkernels._extension import _C
 from slimkernels.elastic.deploy_form import Form, make_form
-from slimkernels.elastic.deploy_report import DeployReport, LayerReport
+from slimkernels.elastic.deploy_report import DeployReport, LayerReport, LayerTime
 from slimkernels.elastic.deploy_segment import Misfit, make_segment
 from slimkernels.elastic.deploy_trace import Traced, trace
 from slimkernels.elastic.extract import subnetwork
@@ -191,6 +191,27 @@ class Deployed(nn.Module):
             cache_bytes=self.cache_bytes,
             max_cache_bytes=self.max_cache_bytes,
         )
+
+    def profile(self, *args: Tensor, repeats: int = 20) -> list[LayerTime]:
+        """Median time of every operation of the segments, in the order they run, for these inputs.
+
+        Raises: RuntimeError where the segments do not run in C++.
+        """
+        self(*args)
+        entry, found, given = self._current(), list[LayerTime](), dict[str, tuple[Tensor, ...]]()
+        segments = [] if entry.form is None else [f"_segment{i}" for i in range(len(entry.form.segments))]
+        hooks = [
+            entry.root.get_submodule(name).register_forward_pre_hook(
+                lambda _, inputs, name=name: given.__setitem__(name, inputs)
+            )
+            for name in segments
+        ]
+        self(*args)
+        for hook in hooks:
+            hook.remove()
+        for name in segments:
+            found += entry.root.get_submodule(name).times(given[name], repeats)  # type: ignore[operator]
+        return found
 
     def clear(self) -> None:
         """Forget all packed weights, and how the network was traced."""

@@ -18,6 +18,18 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LayerTime:
+    """What one operation took as the network ran; several where a layer is several operations."""
+
+    name: str  # of the layer; "" for copies of inputs and outputs and the zeros around an image
+    operation: str
+    runs_on: str
+    seconds: float  # median
+    flops: int  # two for a product that is added
+    bytes: int  # of inputs, outputs and weights, each once
+
+
+@dataclass(frozen=True)
 class DeployReport:
     """What each layer of a deployed network runs on. ``str()`` is a table."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from slimkernels._extension import _C
 from slimkernels.elastic.deploy_form import SegmentForm, Step
 from slimkernels.elastic.deploy_ops import LINE, symmetric_padding
+from slimkernels.elastic.deploy_report import LayerTime
 from slimkernels.reference._activation import activation as apply_activation
 
 
@@ -112,6 +113,14 @@ class NativeSegment(nn.Module):
         """What each step runs on; for the shapes of the last call."""
         return self.bound.describe() or ["not run yet"] * len(self.form.steps)
 
+    def times(self, inputs: tuple[Tensor, ...], repeats: int) -> list[LayerTime]:
+        says, found = self.describe(), []
+        for index, seconds, flops, size in self.bound.time(inputs, repeats):
+            step = self.form.steps[index] if index >= 0 else None
+            name, operation = ("", "copy") if step is None else (step.module or step.node, step.fused)
+            found.append(LayerTime(name, operation, says[index] if step else "", seconds, flops, size))
+        return found
+
 
 def _packed(step: Step, root: nn.Module, dtype: torch.dtype) -> Any:
     assert _C is not None
@@ -149,6 +158,9 @@ class TorchSegment(nn.Module):
     def bytes(self) -> int:
         tensors = [t for layer in self.layers if layer is not None for t in (layer.weight, layer.bias)]
         return sum(t.nbytes for t in tensors if t is not None)
+
+    def times(self, inputs: tuple[Tensor, ...], repeats: int) -> list[LayerTime]:
+        raise RuntimeError("deploy: expected the C++ kernels to time their operations, got PyTorch's")
 
     def describe(self) -> list[str]:
         return ["PyTorch"] * len(self.form.steps)
