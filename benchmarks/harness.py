@@ -78,10 +78,15 @@ class Frozen(nn.Module):
         torch._inductor.config.compile_threads = 1
         self.module = module.eval()
         self.compiled = torch.compile(module, dynamic=False)
+        self.made = False
 
     def forward(self, *args: Tensor) -> object:
-        with torch.inference_mode(False), torch.no_grad(), torch._inductor.config.patch(freezing=True):
-            return self.compiled(*args)
+        with torch.inference_mode(False), torch.no_grad():
+            if self.made:
+                return self.compiled(*args)
+            with torch._inductor.config.patch(freezing=True):
+                self.made = True
+                return self.compiled(*args)
 
 
 def outputs(value: object) -> list[Tensor]:
