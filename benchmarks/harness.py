@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -249,27 +250,35 @@ def measure(case: Case, budget_s: float) -> Iterable[dict[str, object]]:
             calls = {name: caller(p, mode) for name, p in candidates.items() if not verdict[name]}
             memory = {name: extra_bytes(call) for name, call in calls.items()}
             samples = interleaved(calls, budget_s)
-        ours = samples.get("slimkernels")
-        for name in candidates:
-            row: dict[str, object] = {
-                "net": case.net,
-                "width": case.width,
-                "shape": case.shape,
-                "dtype": str(case.dtype).removeprefix("torch."),
-                "mode": mode,
-                "provider": name,
-                "gate": verdict[name] or "ok",
-                "count": case.count,
-                "note": case.note,
-            }
-            if name in samples:
-                p20, p50, p80 = (t * 1e6 for t in quantiles(samples[name]))
-                row |= {"p20_us": f"{p20:.1f}", "p50_us": f"{p50:.1f}", "p80_us": f"{p80:.1f}"}
-                row["extra_mb"] = f"{memory[name] / 2**20:.2f}"
-                if ours:
-                    ratio = statistics.median(t / o for t, o in zip(samples[name], ours, strict=True))
-                    row["ratio"] = f"{ratio:.3f}"  # this provider's time over slimkernels' in the same round
-            yield row
+        yield from provider_rows(case, mode, verdict, samples, {n: bytes_ / 2**20 for n, bytes_ in memory.items()})
+
+
+def provider_rows(
+    case: Any, mode: str, verdict: dict[str, str], samples: dict[str, list[float]], memory: dict[str, float]
+) -> Iterator[dict[str, object]]:
+    """A row for each provider in ``verdict``; ``samples`` of one round stand at the same place, ``memory`` is in MiB."""
+    ours = samples.get("slimkernels")
+    for name in verdict:
+        row: dict[str, object] = {
+            "net": case.net,
+            "width": case.width,
+            "shape": case.shape,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "mode": mode,
+            "provider": name,
+            "gate": verdict[name] or "ok",
+            "count": case.count,
+            "note": case.note,
+        }
+        if name in samples:
+            p20, p50, p80 = (t * 1e6 for t in quantiles(samples[name]))
+            row |= {"p20_us": f"{p20:.1f}", "p50_us": f"{p50:.1f}", "p80_us": f"{p80:.1f}"}
+            if name in memory:
+                row["extra_mb"] = f"{memory[name]:.2f}"
+            if ours:
+                ratio = statistics.median(t / o for t, o in zip(samples[name], ours, strict=True))
+                row["ratio"] = f"{ratio:.3f}"  # this provider's time over slimkernels' in the same round
+        yield row
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:

@@ -35,14 +35,15 @@ struct Moments {
   }
 };
 
-// The loops below are compiled for no activation, for relu, and once for all the others, which are then chosen for every vector:
-// loops for each of the ten made this minutes of compiling, and beside an exponential the choice costs little.
-enum class Kind { kNone, kRelu, kOther };
+// The loops below are compiled for no activation, for relu and relu6, and once for all the others, which are then chosen for every
+// vector: loops for each of the ten made this minutes of compiling, and beside an exponential the choice costs little.
+enum class Kind { kNone, kRelu, kRelu6, kOther };
 
 template <typename F>
 void switch_kind(Activation activation, F f) {
   if (activation == Activation::kNone) return f.template operator()<Kind::kNone>();
   if (activation == Activation::kRelu) return f.template operator()<Kind::kRelu>();
+  if (activation == Activation::kRelu6) return f.template operator()<Kind::kRelu6>();
   f.template operator()<Kind::kOther>();
 }
 
@@ -62,6 +63,7 @@ template <Kind kind>
 inline vf activate_kind(Activation which, vf x) {
   if constexpr (kind == Kind::kNone) return x;
   else if constexpr (kind == Kind::kRelu) return activate<Activation::kRelu>(x);
+  else if constexpr (kind == Kind::kRelu6) return activate<Activation::kRelu6>(x);
   else return activate_other(which, x);
 }
 
@@ -69,6 +71,7 @@ template <Kind kind>
 inline vf derivative_kind(Activation which, vf saved) {
   if constexpr (kind == Kind::kNone) return splat(1);
   else if constexpr (kind == Kind::kRelu) return activation_derivative<Activation::kRelu>(saved);
+  else if constexpr (kind == Kind::kRelu6) return activation_derivative<Activation::kRelu6>(saved);
   else return derivative_other(which, saved);
 }
 
@@ -158,7 +161,7 @@ void normalize(const T* x, const T* residual, T* y, int64_t n, Affine<P> a) {
 template <Kind kind>
 inline vf gradient(vf dy, vf centred, vf scale, vf shift, vf saved, bool has_saved, Activation which) {
   if constexpr (kind == Kind::kNone) return dy;
-  if (kind == Kind::kRelu || derivative_uses_output(which)) {
+  if (kind != Kind::kOther || derivative_uses_output(which)) {
     return dy * derivative_kind<kind>(which, has_saved ? saved : activate_kind<kind>(which, centred * scale + shift));
   }
   return dy * derivative_kind<kind>(which, centred * scale + shift + saved);

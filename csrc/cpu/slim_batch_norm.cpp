@@ -81,14 +81,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_cpu(
   return {y, mean, var};
 }
 
+// kFull: gradients of weight and bias have their full size, zero outside the slice; else they are the slice.
+template <bool kFull>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_backward_cpu(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& output, const OptionalTensor& residual, bool training, double eps,
     c10::string_view name, bool need_dx, bool need_dw, bool need_db, bool need_dresidual) {
   if (!takes(x, weight, bias) || dy.scalar_type() != x.scalar_type() || mean.scalar_type() != at::kFloat ||
       var.scalar_type() != at::kFloat) {
-    return call_reference<decltype(slim_batch_norm_backward_cpu)>(
-        "slimkernels::slim_batch_norm_backward", dy, x, mean, var, weight, bias, output, residual, training, eps, name, need_dx,
+    return call_reference<decltype(slim_batch_norm_backward_cpu<kFull>), kFull>(
+        kFull ? "slimkernels::slim_batch_norm_backward" : "slimkernels::slim_batch_norm_backward_slice", dy, x, mean, var, weight, bias, output, residual, training, eps, name, need_dx,
         need_dw, need_db, need_dresidual);
   }
   const int64_t channels = x.size(1);
@@ -136,16 +138,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_backw
   }));
   if (!dx_out.is_same(dx)) dx.copy_(dx_out);
   if (!dz_out.is_same(dz)) dz.copy_(dz_out);
-  const at::Tensor none = at::empty({0}, dy.options());
-  return {dx, need_dw && weight ? full_gradient(*weight, dw) : none,
-          need_db && bias ? full_gradient(*bias, db) : at::empty({0}, dy.options()), dz};
+  const auto sized = [&](bool need, const OptionalTensor& like, const std::vector<float>& active) {
+    if (!need || !like) return at::empty({0}, dy.options());
+    return full_gradient(kFull ? *like : like->narrow(0, 0, channels), active);
+  };
+  return {dx, sized(need_dw, weight, dw), sized(need_db, bias, db), dz};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("slim_batch_norm", &slim_batch_norm_cpu);
-  m.impl("slim_batch_norm_backward", &slim_batch_norm_backward_cpu);
+  m.impl("slim_batch_norm_backward", &slim_batch_norm_backward_cpu<true>);
+  m.impl("slim_batch_norm_backward_slice", &slim_batch_norm_backward_cpu<false>);
 }
 
 }  // namespace slimkernels

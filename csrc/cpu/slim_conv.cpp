@@ -28,9 +28,12 @@ at::Tensor slim_conv_cpu(const at::Tensor& x, const at::Tensor& weight, const Ma
   return conv_through_aten(x, w, bias, geometry, activation, residual, conv_format(x, weight));
 }
 
+template <GradientSize size>
 ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
                                     int64_t groups, bool need_dx, bool need_dw, bool need_db) {
+  constexpr const char* name =
+      size == GradientSize::kSlice ? "slimkernels::slim_conv_backward_slice" : "slimkernels::slim_conv_backward";
   const c10::DimVector zeros(stride.size(), 0);
   const ConvGeometry geometry{stride, padding, zeros, dilation, groups, false};
   TORCH_CHECK_VALUE(dy.dim() == x.dim(), "slim_conv_backward: expected dy to have ", x.dim(), " dimensions, got shape ",
@@ -40,20 +43,20 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
   TORCH_CHECK_VALUE(dy.sizes() == at::IntArrayRef(sizes), "slim_conv_backward: expected dy of shape ",
                     at::IntArrayRef(sizes), ", got ", dy.sizes());
   if (!conv_takes(x) || dy.scalar_type() != x.scalar_type()) {
-    return call_reference<decltype(slim_conv_backward_cpu)>("slimkernels::slim_conv_backward", dy, x, weight, stride,
-                                                            padding, dilation, groups, need_dx, need_dw, need_db);
+    return call_reference<decltype(slim_conv_backward_cpu<size>), static_cast<int>(size)>(
+        name, dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db);
   }
   at::Tensor dx, dw, db;
   if (need_dx) dx = direct_conv_input_gradient(dy, x, weight, geometry);
   if (need_dw || need_db) {
-    std::tie(dw, db) = depthwise_conv_weight_gradient(dy, x, weight, geometry, need_dw);
-    if (!db.defined()) std::tie(dw, db) = direct_conv_weight_gradient(dy, x, weight, geometry, need_dw);
+    std::tie(dw, db) = depthwise_conv_weight_gradient(dy, x, weight, geometry, need_dw, size);
+    if (!db.defined()) std::tie(dw, db) = direct_conv_weight_gradient(dy, x, weight, geometry, need_dw, size);
   }
   const bool rest_dx = need_dx && !dx.defined(), rest_dw = need_dw && !dw.defined(), rest_db = need_db && !db.defined();
   if (rest_dx || rest_dw || rest_db) {
     const at::Tensor w = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1) / groups);
     auto [rx, rw, rb] =
-        conv_backward_through_aten(dy, x, weight, w, weight.size(0), geometry, rest_dx, rest_dw, rest_db);
+        conv_backward_through_aten(dy, x, weight, w, weight.size(0), geometry, rest_dx, rest_dw, rest_db, size);
     if (rest_dx) dx = rx;
     if (rest_dw) dw = rw;
     if (rest_db) db = rb;
@@ -66,7 +69,8 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
 
 TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("slim_conv", &slim_conv_cpu);
-  m.impl("slim_conv_backward", &slim_conv_backward_cpu);
+  m.impl("slim_conv_backward", &slim_conv_backward_cpu<GradientSize::kFull>);
+  m.impl("slim_conv_backward_slice", &slim_conv_backward_cpu<GradientSize::kSlice>);
 }
 
 }  // namespace slimkernels

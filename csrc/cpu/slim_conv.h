@@ -40,8 +40,13 @@ at::Tensor same_layout(const at::Tensor& residual, const at::Tensor& y);
 // y <- act(y + residual) in place, one pass. y is dense; residual has its shape.
 void add_activate(at::Tensor& y, const MaybeTensor& residual, Activation activation);
 
-// A tensor of `full`'s shape and layout: zeros, with `part` in its leading corner.
-at::Tensor zero_extended(const at::Tensor& part, const at::Tensor& full);
+// What a backward returns of weight and bias: gradients of the full size, or of the active slice alone.
+enum class GradientSize { kFull, kSlice };
+
+// `part` in the leading corner of zeros of `full`'s shape and layout, or `part` itself (dense, in its dtype).
+at::Tensor sized_gradient(const at::Tensor& part, const at::Tensor& full, GradientSize size);
+// The same for a bias with `full` entries, from the first `active` of `sums`.
+at::Tensor sized_bias_gradient(const at::Tensor& sums, int64_t active, int64_t full, at::ScalarType dtype, GradientSize size);
 
 // PyTorch's convolution on the strided slice `w`, then residual and activation in one pass.
 at::Tensor conv_through_aten(const at::Tensor& x, const at::Tensor& w, const MaybeTensor& bias,
@@ -49,6 +54,7 @@ at::Tensor conv_through_aten(const at::Tensor& x, const at::Tensor& w, const May
                              at::MemoryFormat format);
 ThreeTensors conv_backward_through_aten(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                         const at::Tensor& w, int64_t full_bias, const ConvGeometry& geometry,
-                                        bool need_dx, bool need_dw, bool need_db);
+                                        bool need_dx, bool need_dw, bool need_db,
+                                        GradientSize size = GradientSize::kFull);
 
 }  // namespace slimkernels

@@ -104,9 +104,16 @@ void add_activate(at::Tensor& y, const MaybeTensor& residual, Activation activat
   }));
 }
 
-at::Tensor zero_extended(const at::Tensor& part, const at::Tensor& full) {
+at::Tensor sized_gradient(const at::Tensor& part, const at::Tensor& full, GradientSize size) {
+  if (size == GradientSize::kSlice) return part.to(full.scalar_type()).contiguous();
   at::Tensor out = at::zeros_like(full);
   out.narrow(0, 0, part.size(0)).narrow(1, 0, part.size(1)).copy_(part);
+  return out;
+}
+
+at::Tensor sized_bias_gradient(const at::Tensor& sums, int64_t active, int64_t full, at::ScalarType dtype, GradientSize size) {
+  at::Tensor out = at::zeros({size == GradientSize::kSlice ? active : full}, sums.options().dtype(dtype));
+  out.narrow(0, 0, active).copy_(sums.narrow(0, 0, active));
   return out;
 }
 
@@ -122,19 +129,13 @@ at::Tensor conv_through_aten(const at::Tensor& x, const at::Tensor& w, const May
 
 ThreeTensors conv_backward_through_aten(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                         const at::Tensor& w, int64_t full_bias, const ConvGeometry& g, bool need_dx,
-                                        bool need_dw, bool need_db) {
+                                        bool need_dw, bool need_db, GradientSize size) {
   auto [dx, dw, db] =
       at::convolution_backward(dy, x, w, at::IntArrayRef{dy.size(1)}, g.stride, g.padding, g.dilation, g.transposed,
                                g.output_padding, g.groups, {need_dx, need_dw, need_db});
   dx = need_dx ? dx.contiguous(conv_format(x, weight)) : at::empty({0}, dy.options());
-  dw = need_dw ? zero_extended(dw, weight) : at::empty({0}, dy.options());
-  if (need_db) {
-    at::Tensor full = at::zeros({full_bias}, dy.options());
-    full.narrow(0, 0, dy.size(1)).copy_(db);
-    db = full;
-  } else {
-    db = at::empty({0}, dy.options());
-  }
+  dw = need_dw ? sized_gradient(dw, weight, size) : at::empty({0}, dy.options());
+  db = need_db ? sized_bias_gradient(db, dy.size(1), full_bias, dy.scalar_type(), size) : at::empty({0}, dy.options());
   return {dx, dw, db};
 }
 

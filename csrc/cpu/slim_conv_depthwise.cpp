@@ -27,13 +27,15 @@ DepthwiseLine line(int64_t count, int64_t kernel, int64_t stride, int64_t pad, i
 
 }  // namespace
 
-// Only the weight gradient of kernels above 3 x 3 runs here, in either layout (contiguous tensors are copied): oneDNN's takes
-// 3 to 10 GFLOP/s for 7 x 7, five to ten times longer than this and the copies. Forward, dx and 3 x 3 are oneDNN's:
+// Only the weight gradient of kernels above 3 x 3, or on images of at most 2 x 2, runs here, in either layout (contiguous
+// tensors are copied): oneDNN's takes 3 to 10 GFLOP/s for 7 x 7, five to ten times longer than this and the copies, and 1.3 ms
+// for 960 channels of 2 x 2. Forward, dx and other 3 x 3 are oneDNN's:
 // direct kernels of ours that read x unpacked took 1.3 to 2 times its time.
 std::pair<at::Tensor, at::Tensor> depthwise_conv_weight_gradient(const at::Tensor& dy, const at::Tensor& x,
                                                                  const at::Tensor& weight, const ConvGeometry& g,
-                                                                 bool need_dw) {
-  if (!need_dw || !is_depthwise(x, weight, dy.size(1), g) || weight.size(2) * weight.size(3) <= 9) return {};
+                                                                 bool need_dw, GradientSize size) {
+  if (!need_dw || !is_depthwise(x, weight, dy.size(1), g)) return {};
+  if (weight.size(2) * weight.size(3) <= 9 && dy.size(2) * dy.size(3) > 4) return {};
   const at::Tensor grad = channels_last_view(dy), in = channels_last_view(x);
   const DepthwiseGradient plan{in.size(0), in.size(1), in.size(2), in.size(3), weight.size(3),
                                in.stride(0), in.stride(2), in.stride(3), grad.stride(0), grad.stride(2), grad.stride(3),
@@ -47,9 +49,8 @@ std::pair<at::Tensor, at::Tensor> depthwise_conv_weight_gradient(const at::Tenso
     SK_CALL_ISA(depthwise_gradient_kernel, plan, in.const_data_ptr<scalar_t>(), grad.const_data_ptr<scalar_t>(),
                 sums.data_ptr<float>(), bias_sums.data_ptr<float>());
   }));
-  at::Tensor db = at::zeros({weight.size(0)}, dy.options());
-  db.narrow(0, 0, channels).copy_(bias_sums.narrow(0, 0, channels));
-  return {zero_extended(sums.narrow(2, 0, channels).permute({2, 0, 1}).unsqueeze(1), weight), db};
+  return {sized_gradient(sums.narrow(2, 0, channels).permute({2, 0, 1}).unsqueeze(1), weight, size),
+          sized_bias_gradient(bias_sums, channels, weight.size(0), dy.scalar_type(), size)};
 }
 
 }  // namespace slimkernels

@@ -25,9 +25,9 @@ struct DepthwiseGradient {
   DepthwiseLine row, column;
 };
 
-// dw and db, both of full size, or nothing (undefined tensors) when the shape is PyTorch's: see slim_conv_depthwise.cpp.
+// dw and db, both of `size`, or nothing (undefined tensors) when the shape is PyTorch's: see slim_conv_depthwise.cpp.
 std::pair<at::Tensor, at::Tensor> depthwise_conv_weight_gradient(const at::Tensor& dy, const at::Tensor& x,
                                                                  const at::Tensor& weight, const ConvGeometry& geometry,
-                                                                 bool need_dw);
+                                                                 bool need_dw, GradientSize size);
 
 }  // namespace slimkernels

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/flip.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -15,7 +16,8 @@ namespace {
 
 // Which shapes run here and not in oneDNN (through ATen), from measurements on one Zen 5 core, channels-last, ours over
 // F.conv2d on the slice; oneDNN reaches 200 to 240 GFLOP/s in float32 at 32 channels and more, and so do these kernels.
-//   Pointwise (1x1, stride 1): 1.3 to 2.2 in all three directions: oneDNN reorders a weight that is read in place here.
+//   Pointwise (1x1, stride 1), dx and dw: 1.1 to 2.2: oneDNN reorders a weight that is read in place here. Forward, large: 0.5
+//   to 0.9.
 //   Up to 24 vector channels (of the result's side): 1.1 to 2.9 forward and dx; oneDNN pads to blocks of 16.
 //   dx with a stride: 1.15 to 2.5, because each remainder of the stride is a dense convolution of its own.
 //   Little work (small batches): 1.2 to 2.8, what oneDNN spends on reordering and on looking up its primitive.
@@ -37,9 +39,10 @@ bool fits(const at::Tensor& x, const at::Tensor& weight, int64_t out_channels, c
   if (x.scalar_type() == at::kBFloat16) return work <= kLittleWorkBFloat16 && weights <= kSmallWeight / 4;
   const bool pointwise = weight.size(2) * weight.size(3) * g.stride[0] * g.stride[1] == 1;
   const bool strided = g.stride[0] * g.stride[1] > 1;
-  if (x.scalar_type() == at::kHalf || work <= kLittleWork) return weights <= kSmallWeight || pointwise;
+  if (x.scalar_type() == at::kHalf) return weights <= kSmallWeight || pointwise;
+  if (work <= kLittleWork) return weights <= kSmallWeight || (pointwise && direction == Direction::kInputGradient);
   switch (direction) {
-    case Direction::kForward: return pointwise || out_channels <= kNarrow;
+    case Direction::kForward: return out_channels <= kNarrow;
     case Direction::kInputGradient: return pointwise || strided || x.size(1) <= kNarrow;
     case Direction::kWeightGradient: return pointwise && weights <= kSmallWeight;
   }
@@ -187,6 +190,57 @@ at::Tensor weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::
   return sums.narrow(3, 0, plan.out_channels).permute({3, 2, 0, 1});
 }
 
+// Channels of the result that leave half a vector empty or more: how many neighbours of a row share one vector. With them as
+// output channels the convolution has a kernel that is wider by their distance: 4 taps a row for two pixels of a 3x3 kernel
+// instead of 6, 6 for four instead of 12.
+int64_t pixels_together(const at::Tensor& y, int64_t kernel_w) {
+  if (kernel_w == 1) return 1;
+  for (const int64_t count : {4, 2}) {
+    if (count * y.size(1) <= vector_lanes() && y.size(3) % count == 0) return count;
+  }
+  return 1;
+}
+
+// The weight of that convolution: filter (pixel, o) is filter o, moved by the pixel's distance from the first.
+at::Tensor shifted_filters(const at::Tensor& weight, int64_t pixels, int64_t stride, int64_t dilation) {
+  const int64_t reach = (weight.size(3) - 1) * dilation + 1, filters = weight.size(0);
+  at::Tensor out = at::zeros({pixels * filters, weight.size(1), weight.size(2), (pixels - 1) * stride + reach}, weight.options());
+  for (int64_t p = 0; p < pixels; ++p) {
+    out.narrow(0, p * filters, filters).slice(3, p * stride, p * stride + reach, dilation).copy_(weight);
+  }
+  return out;
+}
+
+// y <- act(conv + bias + residual) for a weight of the active size; y is dense.
+void run_forward(const at::Tensor& in, const at::Tensor& active, const MaybeTensor& bias, at::Tensor& y, const ConvGeometry& g,
+                 Activation activation, const MaybeTensor& residual) {
+  const int64_t filters = active.size(0), pixels = pixels_together(y, active.size(3));
+  MaybeTensor r;
+  if (residual) r = same_layout(*residual, y);
+  std::vector<float> b;
+  if (bias) {
+    const at::Tensor values = bias->to(at::kFloat).contiguous();
+    for (int64_t p = 0; p < pixels; ++p) {
+      b.insert(b.end(), values.const_data_ptr<float>(), values.const_data_ptr<float>() + filters);
+    }
+    b.resize((b.size() + 15) / 16 * 16);
+  }
+  at::Tensor weight = active, to = y;
+  const int64_t strides[2] = {g.stride[0], g.stride[1] * pixels}, dilations[2] = {g.dilation[0], pixels > 1 ? 1 : g.dilation[1]};
+  if (pixels > 1) {
+    weight = shifted_filters(active, pixels, g.stride[1], g.dilation[1]);
+    to = y.as_strided({y.size(0), pixels * filters, y.size(2), y.size(3) / pixels},
+                      {y.stride(0), 1, y.stride(2), pixels * filters});
+  }
+  TapConv conv = plan_forward(in, weight, to, {strides, g.padding, g.output_padding, dilations, 1, false});
+  conv.activation = activation;
+  const WeightView view = weight_view(weight, weight.size(0), weight.size(1), false);
+  AT_DISPATCH_SWITCH(in.scalar_type(), "slim_conv", SK_CASES_F32_BF16_F16([&] {
+    SK_CALL_ISA(tap_conv_kernel, conv, in.const_data_ptr<scalar_t>(), view, weight.const_data_ptr<scalar_t>(),
+                bias ? b.data() : nullptr, r ? r->const_data_ptr<scalar_t>() : nullptr, y.data_ptr<scalar_t>());
+  }));
+}
+
 }  // namespace
 
 std::optional<at::Tensor> direct_conv(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
@@ -194,23 +248,9 @@ std::optional<at::Tensor> direct_conv(const at::Tensor& x, const at::Tensor& wei
                                       const MaybeTensor& residual) {
   const c10::DimVector sizes = conv_output_sizes(x, weight, out_channels, g);
   if (!fits(x, weight, out_channels, g, sizes, Direction::kForward)) return std::nullopt;
-  const at::Tensor in = channels_last_view(x);
   at::Tensor y = at::empty(sizes, x.options().memory_format(at::MemoryFormat::ChannelsLast));
-  MaybeTensor r;
-  if (residual) r = same_layout(*residual, y);
-  std::vector<float> b;
-  if (bias) {
-    b.resize((out_channels + 15) / 16 * 16);
-    const at::Tensor values = bias->to(at::kFloat).contiguous();
-    std::copy_n(values.const_data_ptr<float>(), out_channels, b.begin());
-  }
-  TapConv conv = plan_forward(in, weight, y, g);
-  conv.activation = activation;
-  const WeightView view = weight_view(weight, out_channels, x.size(1), false);
-  AT_DISPATCH_SWITCH(x.scalar_type(), "slim_conv", SK_CASES_F32_BF16_F16([&] {
-    SK_CALL_ISA(tap_conv_kernel, conv, in.const_data_ptr<scalar_t>(), view, weight.const_data_ptr<scalar_t>(),
-                bias ? b.data() : nullptr, r ? r->const_data_ptr<scalar_t>() : nullptr, y.data_ptr<scalar_t>());
-  }));
+  const at::Tensor active = weight.narrow(0, 0, out_channels).narrow(1, 0, x.size(1));
+  run_forward(channels_last_view(x), active, bias, y, g, activation, residual);
   return y;
 }
 
@@ -219,6 +259,14 @@ at::Tensor direct_conv_input_gradient(const at::Tensor& dy, const at::Tensor& x,
   if (!fits(x, weight, dy.size(1), g, dy.sizes(), Direction::kInputGradient)) return {};
   const at::Tensor grad = channels_last_view(dy);
   at::Tensor dx = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const int64_t pads[2] = {g.dilation[0] * (weight.size(2) - 1) - g.padding[0],
+                           g.dilation[1] * (weight.size(3) - 1) - g.padding[1]};
+  if (g.stride[0] * g.stride[1] == 1 && pads[0] >= 0 && pads[1] >= 0 && pixels_together(dx, weight.size(3)) > 1) {
+    const at::Tensor active = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1));
+    const ConvGeometry reversed{g.stride, pads, g.output_padding, g.dilation, 1, false};
+    run_forward(grad, at::flip(active, {2, 3}).transpose(0, 1), std::nullopt, dx, reversed, Activation::kNone, std::nullopt);
+    return dx;
+  }
   const TapConv conv = plan_input_gradient(grad, weight, dx, g);
   const WeightView view = weight_view(weight, dy.size(1), x.size(1), true);
   AT_DISPATCH_SWITCH(x.scalar_type(), "slim_conv_backward", SK_CASES_F32_BF16_F16([&] {
@@ -230,13 +278,12 @@ at::Tensor direct_conv_input_gradient(const at::Tensor& dy, const at::Tensor& x,
 
 std::pair<at::Tensor, at::Tensor> direct_conv_weight_gradient(const at::Tensor& dy, const at::Tensor& x,
                                                               const at::Tensor& weight, const ConvGeometry& g,
-                                                              bool need_dw) {
+                                                              bool need_dw, GradientSize size) {
   if (!fits(x, weight, dy.size(1), g, dy.sizes(), Direction::kWeightGradient)) return {};
   at::Tensor sums;
   const at::Tensor part = weight_gradient(channels_last_view(dy), channels_last_view(x), weight, g, need_dw, sums);
-  at::Tensor db = at::zeros({weight.size(0)}, dy.options());
-  db.narrow(0, 0, dy.size(1)).copy_(sums.narrow(0, 0, dy.size(1)));
-  return {need_dw ? zero_extended(part, weight) : at::empty({0}, dy.options()), db};
+  return {need_dw ? sized_gradient(part, weight, size) : at::empty({0}, dy.options()),
+          sized_bias_gradient(sums, dy.size(1), weight.size(0), dy.scalar_type(), size)};
 }
 
 }  // namespace slimkernels

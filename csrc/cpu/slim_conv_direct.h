@@ -56,9 +56,9 @@ std::optional<at::Tensor> direct_conv(const at::Tensor& x, const at::Tensor& wei
                                       const MaybeTensor& residual);
 at::Tensor direct_conv_input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                       const ConvGeometry& geometry);
-// dw (an empty tensor when not needed) and db, both of full size.
+// dw (an empty tensor when not needed) and db, both of `size`.
 std::pair<at::Tensor, at::Tensor> direct_conv_weight_gradient(const at::Tensor& dy, const at::Tensor& x,
                                                               const at::Tensor& weight, const ConvGeometry& geometry,
-                                                              bool need_dw);
+                                                              bool need_dw, GradientSize size);
 
 }  // namespace slimkernels

@@ -158,7 +158,8 @@ def apply(entries: list[Assignment]) -> None:
         if entry.name:
             set_parameter_width(module, entry.name, entry.n, entry.index)
             continue
-        module.in_index = entry.index
+        if module.in_index is not entry.index:
+            module.in_index = entry.index
         if entry.ratio is None:
             module.set_width(entry.n)
         else:

@@ -13,6 +13,7 @@ class SlimModule:
     are no leading slice: ``in_index`` then lists them.
     """
 
+    _width: Tensor
     in_index: (
         Tensor | None
     )  # (k,) int64 positions of the active inputs in the full weight, or None: a leading (block) slice
@@ -23,7 +24,10 @@ class SlimModule:
         self._set_width(full)
 
     def _set_width(self, n: int) -> None:
-        self._width = torch.empty((n, 0))
+        # Past nn.Module's setattr, which costs more than all else here; a training step sets every width several times.
+        known = self.__dict__.get("_width")
+        if known is None or known.shape[0] != n:
+            self.__dict__["_width"] = torch.empty((n, 0))
 
     @property
     def width(self) -> int:

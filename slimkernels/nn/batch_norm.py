@@ -139,7 +139,7 @@ class SlimBatchNorm(SlimModule, _Torch):
             legal = ", ".join(f"{listed:g} ({channels} channels)" for listed, channels in self.widths)
             raise ValueError(f"{name}: expected one of the listed ratios {legal}, got {ratio:g} ({n} channels)")
         self._set_width(n)
-        self._ratio = float(ratio)
+        self.__dict__["_ratio"] = float(ratio)
         self._select()
 
     def _switch_index(self, ratio: float) -> int | None:
@@ -169,9 +169,8 @@ class SlimBatchNorm(SlimModule, _Torch):
                 fixed = self.calibrated.mean[row], self.calibrated.var[row], self.calibrated.batches[row]
             else:
                 fixed = *self._interpolate(self.running_mean, self.running_var), None
-        self.__dict__["_entry"] = entry
-        self._fixed_mean, self._fixed_var, self._fixed_count = fixed
-        self._keeps_running = keeps
+        mean, var, count = fixed
+        self.__dict__.update(_entry=entry, _fixed_mean=mean, _fixed_var=var, _fixed_count=count, _keeps_running=keeps)
 
     def selected(self) -> dict[str, Tensor]:
         """Affine parameters and running statistics that the current ratio uses, by their names in torch's batch norm;
@@ -256,6 +255,8 @@ class SlimBatchNorm(SlimModule, _Torch):
         self,
         x: Tensor,  # (N, c, *)
         residual: Tensor | None = None,  # (N, c, *)
+        *,
+        activation: str | None = None,  # in place of the module's own
     ) -> Tensor:  # (N, c, *)
         self._check_input_dim(x)
         source: SlimBatchNorm | BatchNormEntry = self if self._entry is None else self._entry
@@ -287,16 +288,16 @@ class SlimBatchNorm(SlimModule, _Torch):
             mean = var = None
         index = self.in_index
         if index is None:
-            return self._run(x, mean, var, source.weight, source.bias, batch_statistics, momentum, residual)
+            return self._run(x, mean, var, source.weight, source.bias, batch_statistics, momentum, residual, activation)
         own = mean, var, source.weight, source.bias
         part_mean, part_var, weight, bias = (None if t is None else t.index_select(0, index) for t in own)
-        y = self._run(x, part_mean, part_var, weight, bias, batch_statistics, momentum, residual)
+        y = self._run(x, part_mean, part_var, weight, bias, batch_statistics, momentum, residual, activation)
         for t, part in ((mean, part_mean), (var, part_var)) if keeps else ():
             if t is not None and part is not None:
                 t.index_copy_(0, index, part)
         return y
 
-    def _run(self, x, mean, var, weight, bias, batch_statistics, momentum, residual) -> Tensor:
+    def _run(self, x, mean, var, weight, bias, batch_statistics, momentum, residual, activation) -> Tensor:
         return slim_batch_norm(
             x,
             mean,
@@ -306,7 +307,7 @@ class SlimBatchNorm(SlimModule, _Torch):
             training=batch_statistics,
             momentum=momentum,
             eps=self.eps,
-            activation=self.activation,
+            activation=self.activation if activation is None else activation,
             residual=residual,
         )
 

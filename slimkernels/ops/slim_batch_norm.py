@@ -5,6 +5,8 @@ from torch import Tensor
 
 from slimkernels.ops._common import autograd, define, on_gpu
 from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
+from slimkernels.ops._recipes import leave_recipe
+from slimkernels.ops._slots import deposit, slot_of, stand_in
 from slimkernels.reference import slim_batch_norm as reference
 from slimkernels.reference.slim_batch_norm import statistics_dtype
 
@@ -49,6 +51,7 @@ def slim_batch_norm(
     if running_mean is None and not training:
         raise ValueError(f"{op}: expected running_mean and running_var when training is False, got None")
     residual = checked_residual(op, x, residual)
+    weight, bias = stand_in(weight), stand_in(bias)
     if not training:
         y, _, _ = torch.ops.slimkernels.slim_batch_norm.default(
             x, running_mean, running_var, weight, bias, False, eps, activation, residual
@@ -105,24 +108,57 @@ def _backward_fake(
     )
 
 
+def _backward_slice_fake(dy, x, *others):
+    need_dw, need_db = others[-3:-1]
+    dx, _, _, dresidual = _backward_fake(dy, x, *others)
+    weight, bias = others[2:4]
+    active = x.shape[1]
+    dw = weight.new_empty(active) if need_dw and weight is not None else dy.new_empty(0)
+    db = bias.new_empty(active) if need_db and bias is not None else dy.new_empty(0)
+    return dx, dw, db, dresidual
+
+
+def _backward_slice(dy, x, *others):
+    """Gradients of weight and bias of the active slice alone, by cutting the full ones of any device's kernel."""
+    dx, dw, db, dresidual = torch.ops.slimkernels.slim_batch_norm_backward.default(dy, x, *others)
+    return dx, dw[: x.shape[1]].clone(), db[: x.shape[1]].clone(), dresidual
+
+
 def _setup_context(ctx, inputs, output):
     x, _, _, weight, bias, ctx.training, ctx.eps, ctx.activation, residual = inputs
+    ctx.weight_slot, ctx.bias_slot = slot_of(weight), slot_of(bias)
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, var, weight, bias, *saved_for_activation(ctx.activation, y, residual))
+    ctx.recipe = leave_recipe(x, y, (mean, var, weight, bias, ctx.eps, ctx.activation), residual)
+    saved_output, saved_residual = saved_for_activation(ctx.activation, y, residual)
+    ctx.reads_output = saved_output is not None
+    if ctx.recipe is not None:
+        saved_output = None
+    ctx.save_for_backward(x, mean, var, weight, bias, saved_output, saved_residual)
 
 
 def _backward(ctx, dy, dmean, dvar):
     if dy is None:
         return (None,) * 9
     x, mean, var, weight, bias, output, residual = ctx.saved_tensors
+    if ctx.recipe is not None and ctx.reads_output:
+        output = ctx.recipe.value()
     need_dx, need_dw, need_db, need_dresidual = (ctx.needs_input_grad[i] for i in (0, 3, 4, 8))
     plain = ctx.activation == "none"
-    dx, dw, db, dresidual = torch.ops.slimkernels.slim_batch_norm_backward.default(
+    slots = ctx.weight_slot, ctx.bias_slot
+    run = torch.ops.slimkernels.slim_batch_norm_backward.default
+    if slots != (None, None):
+        run = torch.ops.slimkernels.slim_batch_norm_backward_slice.default
+    dx, dw, db, dresidual = run(
         *(dy, x, mean, var, weight, bias, output, residual, ctx.training, ctx.eps, ctx.activation),
         *(need_dx, need_dw, need_db, need_dresidual and not plain),
     )
+    if ctx.recipe is not None:
+        ctx.recipe.release()
+    if slots != (None, None):
+        dw = deposit(ctx.weight_slot, dw, weight.shape) if need_dw else None
+        db = deposit(ctx.bias_slot, db, bias.shape) if need_db else None
     if need_dresidual and plain:
         dresidual = dy
     return (
@@ -148,6 +184,13 @@ define(
     " bool need_db, bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     default=reference.slim_batch_norm_backward,
+)
+define(
+    "slim_batch_norm_backward_slice(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+    " Tensor? output, Tensor? residual, bool training, float eps, str activation, bool need_dx, bool need_dw,"
+    " bool need_db, bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_slice_fake,
+    default=_backward_slice,
 )
 autograd("slim_batch_norm", _backward, _setup_context)
 on_gpu("slim_batch_norm", "slim_batch_norm")

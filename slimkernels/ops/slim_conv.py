@@ -18,6 +18,8 @@ from slimkernels.ops._common import (
     grad_needed,
     on_gpu,
 )
+from slimkernels.ops._recipes import recipe_of
+from slimkernels.ops._slots import cast_slice, deposit, slot_of, stand_in
 from slimkernels.ops.activation import activation as apply_activation
 from slimkernels.ops.activation import activation_grad
 from slimkernels.reference import slim_conv as reference
@@ -82,7 +84,12 @@ def slim_conv(
     check_shape(op, "bias", bias, weight.shape[:1])
     if residual is not None:
         check_shape(op, "residual", residual, (*x.shape[: -spatial - 1], n, *out))
-    x, weight, bias, residual = same_dtype(op, x, weight, bias, residual)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), cast_slice(weight, dtype, n, channels // groups)
+        bias, residual = cast_slice(bias, dtype, n), None if residual is None else residual.to(dtype)
+    check_same_dtype_device(op, x, weight=weight, bias=bias, residual=residual)
+    weight, bias = stand_in(weight), stand_in(bias)
     return run_batched(
         torch.ops.slimkernels.slim_conv.default,
         (x, weight, bias, n, strides, paddings, dilations, groups),
@@ -203,24 +210,51 @@ def _backward_fake(dy, x, weight, stride, padding, dilation, groups, need_dx, ne
     return conv_backward_fake(dy, x, weight, weight.shape[0], need_dx, need_dw, need_db)
 
 
+def _backward_slice_fake(dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db):
+    active = weight.narrow(0, 0, dy.shape[1]).narrow(1, 0, x.shape[1] // groups)
+    dx, _, db = conv_backward_fake(dy, x, weight, dy.shape[1], need_dx, False, need_db)
+    return dx, weight.new_empty(active.shape) if need_dw else dy.new_empty(0), db
+
+
+def _backward_slice(dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db):
+    """Gradients of weight and bias of the active slice alone, by cutting the full ones of any device's kernel."""
+    run = torch.ops.slimkernels.slim_conv_backward.default
+    dx, dw, db = run(dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db)
+    if need_dw:
+        dw = dw[: dy.shape[1], : x.shape[1] // groups].clone(memory_format=torch.contiguous_format)
+    return dx, dw, db[: dy.shape[1]].clone() if need_db else db
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, bias, ctx.out_channels, *ctx.geometry, ctx.activation, residual = inputs
+    ctx.weight_slot, ctx.bias_slot = slot_of(weight), slot_of(bias)
+    ctx.recipe = recipe_of(x)
     recompute = ctx.activation not in OUTPUT_ACTIVATIONS
     saved_output = None if recompute or ctx.activation == "none" else output
-    ctx.save_for_backward(x, weight, saved_output, *((bias, residual) if recompute else (None, None)))
+    ctx.save_for_backward(
+        None if ctx.recipe else x, weight, saved_output, *((bias, residual) if recompute else (None, None))
+    )
 
 
 def _backward(ctx, dy):
     x, weight, output, bias, residual = ctx.saved_tensors
     need_dx, need_dw, need_db, *_, need_dresidual = ctx.needs_input_grad
+    if ctx.recipe is not None:
+        # The gradient of x only takes its sizes.
+        x = ctx.recipe.value() if need_dw or ctx.activation not in OUTPUT_ACTIVATIONS else ctx.recipe.input()
     if ctx.activation not in OUTPUT_ACTIVATIONS:
         output = torch.ops.slimkernels.slim_conv.default(
             x, weight, bias, ctx.out_channels, *ctx.geometry, "none", residual
         )
     dz = activation_grad(dy, output, ctx.activation)
-    dx, dw, db = torch.ops.slimkernels.slim_conv_backward.default(
-        dz, x, weight, *ctx.geometry, need_dx, need_dw, need_db
-    )
+    slots = ctx.weight_slot, ctx.bias_slot
+    run = torch.ops.slimkernels.slim_conv_backward.default
+    if slots != (None, None):
+        run = torch.ops.slimkernels.slim_conv_backward_slice.default
+    dx, dw, db = run(dz, x, weight, *ctx.geometry, need_dx, need_dw, need_db)
+    if slots != (None, None):
+        dw = deposit(ctx.weight_slot, dw, weight.shape) if need_dw else None
+        db = deposit(ctx.bias_slot, db, weight.shape[:1]) if need_db else None
     gradients = (dx if need_dx else None, dw if need_dw else None, db if need_db else None)
     return *gradients, *([None] * 6), dz if need_dresidual else None
 
@@ -236,6 +270,12 @@ define(
     " SymInt groups, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
     default=reference.slim_conv_backward,
+)
+define(
+    "slim_conv_backward_slice(Tensor dy, Tensor x, Tensor weight, SymInt[] stride, SymInt[] padding, SymInt[] dilation,"
+    " SymInt groups, bool need_dx, bool need_dw, bool need_db) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_slice_fake,
+    default=_backward_slice,
 )
 autograd("slim_conv", _backward, _setup_context)
 on_gpu("slim_conv", "slim_conv")

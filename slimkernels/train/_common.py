@@ -22,6 +22,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile made this module, or one that DistributedDataParallel holds."""
+    if isinstance(model, (DistributedDataParallel, nn.DataParallel)):
+        return is_compiled(model.module)
+    return isinstance(model, torch._dynamo.OptimizedModule)
+
+
 def without_reduction(model: nn.Module) -> AbstractContextManager:
     """Inside it backward accumulates gradients without reducing them over the ranks; nothing for other modules."""
     while isinstance(model, torch._dynamo.OptimizedModule):

@@ -7,9 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from slimkernels.train._common import autocast, call, map_tensors, split_batch, unwrap, without_reduction
+from slimkernels.ops._recipes import recomputed_outputs
+from slimkernels.ops._slots import Slot, flush, gradient_slots
+from slimkernels.train._common import (
+    autocast,
+    call,
+    is_compiled,
+    map_tensors,
+    split_batch,
+    unwrap,
+    without_reduction,
+)
 from slimkernels.train.distill import Distillation, distillation
+from slimkernels.train.fuse import fused_forward
 from slimkernels.train.widths import WidthSampler, check_widths
 
 LossFn = Callable[[Any, Any], Tensor]  # (output, targets) -> scalar
@@ -31,6 +43,7 @@ def sandwich_step(
     amp: str | None = None,
     scaler: torch.amp.GradScaler | None = None,
     clip_grad: float | None = None,
+    recompute: bool = False,
 ) -> dict[Any, Tensor]:
     """Trains several widths of an elastic model on one batch: their gradients are summed, then the optimizer steps
     once.
@@ -64,6 +77,8 @@ def sandwich_step(
         amp: `bf16` or `fp16` autocast of the forward passes; None leaves the caller's setting.
         scaler: a gradient scaler for fp16; the losses are scaled by it and the optimizer steps through it.
         clip_grad: largest norm of all gradients together, clipped before the optimizer steps.
+        recompute: outputs of batch norms are computed again in backward where that frees memory, instead of being kept
+            beside the norm's input: the same numbers, less memory, one more pass over them.
 
     Returns: each width's loss, detached, in the order in which they ran; by (width, depth) where the model's depth is
         elastic.
@@ -86,6 +101,7 @@ def sandwich_step(
         distill_weight=distill_weight,
         amp=amp,
         scaler=scaler,
+        recompute=recompute,
     )
     if optimizer is not None:
         optimizer_step(model, optimizer, scaler=scaler, clip_grad=clip_grad)
@@ -104,6 +120,7 @@ def accumulate_passes(
     scaler: torch.amp.GradScaler | None = None,
     scale: float = 1.0,
     reduce: bool = True,
+    recompute: bool = False,
 ) -> dict[Any, Tensor]:
     """Forward and backward of every width, or pair (width, depth), in turn; the gradients add up in ``.grad``, reduced
     over ranks in the last pass.
@@ -111,37 +128,74 @@ def accumulate_passes(
     With ``distill`` the first width is the teacher. ``scale`` multiplies the gradients; ``reduce=False`` leaves them to this
     rank, for all but the last of several batches whose gradients add up.
 
-    This is the one place where the passes' backward runs: what accumulates straight into slices of the gradient buffers
-    belongs around its loop.
+    Convolutions and batch norms add their gradients straight to the active slice of one buffer a parameter; the last
+    pass hands the sums to autograd, so that hooks on a parameter run once. Nothing is left of them when a pass raises.
+    Batch norms run together with the additions and activations after them (``train.fuse``). A compiled model does
+    neither: every pass adds a gradient of full size to ``.grad``.
 
     Returns: each width's loss, detached.
     """
     from slimkernels import elastic
 
-    inner = unwrap(model)
+    inner, compiled = unwrap(model), is_compiled(model)
     inputs, targets = split_batch(batch)
     losses: dict[Any, Tensor] = {}
     teacher: Any = None
-    for i, w in enumerate(widths):
-        last = i == len(widths) - 1
-        with elastic.width(inner, *as_pair(w)), nullcontext() if last and reduce else without_reduction(model):
-            with autocast(inner, amp):
-                output = call(model, inputs)
-                if distill is None or i == 0:
-                    loss = loss_fn(output, targets)
-                else:
-                    loss = distill(output, teacher)
-                    if distill_weight != 1:
-                        loss = distill_weight * loss + (1 - distill_weight) * loss_fn(output, targets)
-            if distill is not None and i == 0 and not last:
-                teacher = map_tensors(output, Tensor.detach)
-            del output
-            losses[w] = loss.detach()
-            if scale != 1:
-                loss = loss * scale
-            (loss if scaler is None else scaler.scale(loss)).backward()
-        del loss  # with it the graph: nothing of this pass is alive when the next one begins
+    recomputed = recomputed_outputs() if recompute and not compiled else nullcontext()
+    with gradient_slots([] if compiled else inner.parameters()) as slots, recomputed:
+        for i, w in enumerate(widths):
+            last = i == len(widths) - 1
+            for slot in slots if last else ():
+                slot.last = True
+            reduction = nullcontext() if last and reduce else without_reduction(model)
+            with elastic.width(inner, *as_pair(w)), nullcontext() if compiled else fused_forward(inner), reduction:
+                with autocast(inner, amp):
+                    output = call(model, inputs)
+                    if distill is None or i == 0:
+                        loss = loss_fn(output, targets)
+                    else:
+                        loss = distill(output, teacher)
+                        if distill_weight != 1:
+                            loss = distill_weight * loss + (1 - distill_weight) * loss_fn(output, targets)
+                if distill is not None and i == 0 and not last:
+                    teacher = map_tensors(output, Tensor.detach)
+                del output
+                losses[w] = loss.detach()
+                if scale != 1:
+                    loss = loss * scale
+                loss = loss if scaler is None else scaler.scale(loss)
+                if last and reduce and isinstance(model, DistributedDataParallel):
+                    _hand_over_unreached(slots, loss)
+                loss.backward()
+            del loss  # with it the graph: nothing of this pass is alive when the next one begins
+        flush(slots)
     return losses
+
+
+def _hand_over_unreached(slots: Sequence[Slot], loss: Tensor) -> None:
+    """Sums of parameters that the backward of ``loss`` does not reach (another width's, a skipped block's) become
+    gradients now: that backward reduces them with all others."""
+    reached = _leaves(loss)
+    for slot in slots:
+        total = None if id(slot.parameter) in reached else slot.take()
+        if total is not None:
+            parameter = slot.parameter
+            parameter.grad = total if parameter.grad is None else parameter.grad + total
+
+
+def _leaves(loss: Tensor) -> set[int]:
+    """Ids of the tensors that the backward of ``loss`` gives gradients to."""
+    found, seen, waiting = set(), set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        waiting += [child for child, _ in node.next_functions]
+    return found
 
 
 def as_pair(subnet: Any) -> tuple:

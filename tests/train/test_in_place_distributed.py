@@ -1,0 +1,74 @@
+"""Gradients that add up in slices, in two gloo processes: the mean over ranks of what each half of the batch gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from slimkernels.train.step import accumulate_passes
+from tests.train.test_distributed import free_port
+from tests.train.test_in_place import WIDTHS, check_same_gradients, data, network, ordinary
+
+# (norm, depth, sub-networks): with depth, and with a norm's entries for each width, the last pass leaves parameters out.
+CASES = {
+    "shared": ("shared", False, WIDTHS),
+    "switchable": ("switchable", False, WIDTHS),
+    "depth": ("universal", True, [(1.0, None), (0.5, 0.5), (0.25, 0.34)]),
+}
+
+
+def half(rank):
+    return tuple(t[4 * rank : 4 * rank + 4] for t in data(8))
+
+
+def in_process_group(rank, port, directory):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        found = {}
+        for name, (norm, depth, subnets) in CASES.items():
+            model = network(norm, depth=depth)
+            reduced = []
+
+            def hook(state, bucket, reduced=reduced):
+                reduced.append(bucket.index())
+                done = distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+                return done.then(lambda f: f.value()[0])
+
+            ddp = DistributedDataParallel(model, find_unused_parameters=name != "shared")
+            ddp.register_comm_hook(None, hook)
+            accumulate_passes(ddp, half(rank), F.cross_entropy, subnets, reduce=False)
+            model.zero_grad()
+            accumulate_passes(ddp, half(rank), F.cross_entropy, subnets)
+            found[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, reduced
+        torch.save(found, f"{directory}/rank{rank}.pt")
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ranks")
+    multiprocessing.start_processes(
+        in_process_group, args=(free_port(), str(directory)), nprocs=2, start_method="spawn"
+    )
+    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_the_mean_over_ranks_reduced_once(ranks, case):
+    norm, depth, subnets = CASES[case]
+    expected = network(norm, depth=depth)
+    for rank in range(2):
+        ordinary(expected, half(rank), subnets)
+    for p in expected.parameters():
+        if p.grad is not None:
+            p.grad.div_(2)
+    for rank in ranks:
+        gradients, reduced = rank[case]
+        assert reduced == [0]
+        model = network(norm, depth=depth)
+        for name, gradient in gradients.items():
+            model.get_parameter(name).grad = gradient
+        check_same_gradients(model, expected)
