@@ -16,6 +16,7 @@ TABLES = {
     "enhance": "nsnet2-enhance.csv",
     "hyper-block": "hyper/last-block.csv",
     "hyper-digits": "hyper/digits.csv",
+    "hyper-seeds": "hyper/digits-seeds.csv",
     "hyper-cifar": "hyper/cifar.csv",
 }
 HYPER_WIDTHS = ("1", "0.8125", "0.75", "0.625", "0.5", "0.4375", "0.25")
@@ -83,9 +84,13 @@ def hyper_markdown(rows: list[dict[str, str]]) -> str:
     text = (
         f"{last['network']} on {last['data']}: {int(last['train_images']):,} images to train on,"
         f" {int(last['test_images']):,} to test; {last['steps']} steps of {last['batch_size']}. Accuracy in %; * never trained;"
-        ' "sliced": before any training; "alone": a copy of the network trained at that width only; "mean of K": weights'
-        " averaged over K noisy samples."
+        ' "sliced": before any training'
     )
+    if any(row["arm"] == "alone" for row in rows):
+        text += '; "alone": a copy of the network trained at that width only'
+    if any(row["samples"] for row in rows):
+        text += '; "mean of K": weights averaged over K noisy samples'
+    text += "."
     note = f" {last['note']}" if last["note"] else ""
     commands = dict.fromkeys(row["command"] for row in rows)
     return "\n".join([*lines, "", f"{text}{note} {', '.join(f'`{c}`' for c in commands)}"])
