@@ -76,6 +76,12 @@ def pick_blocks(
     return Blocks(block_m, block_n, block_k, warps, 3)
 
 
+def launch_options(blocks: Blocks) -> dict[str, int]:
+    """Warps, stages and registers. Left to itself ptxas spills a few bytes to fit one block more on a multiprocessor."""
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return options if torch.version.hip else options | {"maxnreg": 255}
+
+
 def pick_splits(tiles: int, reduction: int, block: int) -> int:
     """How many parts a long reduction is cut into, so that ``tiles`` output tiles keep all multiprocessors busy.
 

@@ -17,6 +17,7 @@ from slimkernels.triton_kernels._common import (
     apply_activation,
     ceil_div,
     conv_precision,
+    launch_options,
     on_device,
     pick_blocks,
     pick_splits,
@@ -349,8 +350,7 @@ def launch_conv(
             HAS_RESIDUAL=residual is not None,
             ACTIVATION=activation,
             PRECISION=precision,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            **launch_options(blocks),
         )
 
 
@@ -395,8 +395,7 @@ def launch_weight_gradient(
             BLOCK_C=blocks.n,
             FLAT=flat,
             PRECISION=precision,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            **launch_options(blocks),
         )
     if splits > 1:
         dw.copy_(target.sum(0))

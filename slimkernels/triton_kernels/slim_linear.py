@@ -11,6 +11,7 @@ from slimkernels.triton_kernels._common import (
     apply_activation,
     block_index,
     ceil_div,
+    launch_options,
     matmul_precision,
     on_device,
     pick_blocks,
@@ -245,8 +246,7 @@ def launch_product(
             HAS_RESIDUAL=residual is not None,
             ACTIVATION=activation,
             PRECISION=precision,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            **launch_options(blocks),
         )
 
 
@@ -287,8 +287,7 @@ def launch_weight_gradient(
             OUT_BLOCKED=splits == 1 and out_blocks > 1,
             IN_BLOCKED=splits == 1 and in_blocks > 1,
             PRECISION=precision,
-            num_warps=blocks.warps,
-            num_stages=blocks.stages,
+            **launch_options(blocks),
         )
     if splits > 1:
         n_part, n_full, k_part, k_full = parts

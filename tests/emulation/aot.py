@@ -76,6 +76,7 @@ def compile_kernel(
     ones: Sequence[str] = (),  # run-time arguments that a real launch finds to be 1, and makes constants of
     warps: int = 4,
     stages: int = 3,
+    registers: int | None = None,  # the most a thread may have; NVIDIA only
 ) -> Any:
     """Triton's compiled kernel. An error of the compilers becomes RuntimeError with their first words."""
     while not isinstance(kernel, triton.JITFunction):
@@ -92,7 +93,9 @@ def compile_kernel(
         {at[name]: value for name, value in constants.items()},
         {at[name]: [["tt.divisibility", 16]] for name in divisible if name not in constants},
     )
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if registers is not None and TARGETS[target].backend == "cuda":
+        options["maxnreg"] = registers
     try:
         return triton.compile(source, target=TARGETS[target], options=options)
     except Exception as error:

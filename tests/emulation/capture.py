@@ -35,6 +35,7 @@ class Captured:
     divisible: tuple[str, ...]
     warps: int
     stages: int
+    registers: int | None = None  # the most a thread may have
 
     @property
     def name(self) -> str:
@@ -49,6 +50,7 @@ class Captured:
             divisible=self.divisible,
             warps=self.warps,
             stages=self.stages,
+            registers=self.registers,
         )
 
     def resources(self, target: str) -> Resources:
@@ -79,6 +81,7 @@ def _recording(found: list[Captured]) -> Iterator[None]:
 
 def _captured(kernel: Any, args: tuple, grid: Any, kwargs: dict[str, Any]) -> Captured:
     warps, stages = kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3)
+    registers = kwargs.pop("maxnreg", None)
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, divisible = {}, {}, []
     for parameter in kernel.params:
@@ -102,6 +105,7 @@ def _captured(kernel: Any, args: tuple, grid: Any, kwargs: dict[str, Any]) -> Ca
         tuple(divisible),
         warps,
         stages,
+        registers,
     )
 
 
