@@ -95,7 +95,7 @@ def cases(quick: bool) -> Iterator[Case]:
         return Case(net, width, size, dtype, partial(build, make, shape, divisor, width, dtype), ("forward",))
 
     ffn = partial(Mlp, 384, 1536)
-    for batch in (1,) if quick else (1, 8):
+    for batch in (1, 8):
         for width in WIDTHS:
             yield case("ResNet-50", models.resnet50, (batch, 3, 224, 224), 8, width)
     for width in (0.35, *WIDTHS[1:]):
