@@ -1,5 +1,6 @@
 """``deploy``: the inference form of an elastic model, its weights packed per width."""
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from slimkernels._extension import _C
 from slimkernels.elastic.deploy_form import Form, make_form
 from slimkernels.elastic.deploy_report import DeployReport, LayerReport, LayerTime
 from slimkernels.elastic.deploy_segment import Misfit, make_segment
-from slimkernels.elastic.deploy_trace import Traced, trace
+from slimkernels.elastic.deploy_trace import Traced, optional_arguments, trace
 from slimkernels.elastic.extract import subnetwork
 from slimkernels.elastic.plan import Depth, Width, plan, unwrap
 from slimkernels.elastic.transform import batch_norms
@@ -33,7 +34,8 @@ def deploy(
     are one call into C++, with activations channels-last in memory that is kept between calls. Weights are packed per
     width (and depth) into a cache; ``set_width`` on a cached one is a look-up. What cannot be rewritten runs as PyTorch
     runs it; ``report`` says what each layer runs on. Where the forward cannot be traced, the report says which line stops
-    it, and the innermost module with that line runs as it is.
+    it, and the innermost module with that line runs as it is. Optional arguments are traced as given or left out in the
+    last call: a call with others traces and packs anew.
 
     The model is not changed and its width not touched. When its parameters or statistics were written to since (a
     training step, a loaded state), the next call packs them anew. Hooks are not run in layers that are rewritten.
@@ -95,12 +97,17 @@ class Deployed(nn.Module):
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._forms: dict[frozenset[str], tuple[Traced, Form | None]] = {}
         self._apart: set[str] = set()  # nodes that PyTorch has to run
+        self._optional = optional_arguments(model, method)
+        self._positions = list(inspect.signature(getattr(model, method)).parameters)
+        self._left_out = dict(self._optional)  # what the network was traced with
         self._active: tuple[Width, Depth, _Entry] | None = None
         self._norm = next(iter(batch_norms(model).values()), None)
         self._watch()
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._optional:
+            args, kwargs = self._given(args, kwargs)
         entry = self._current()
         if self.dtype != torch.float32 or any(_other_dtype(a, self.dtype) for a in args) or kwargs:
             args, kwargs = tree_map(self._cast, (args, kwargs))
@@ -109,6 +116,17 @@ class Deployed(nn.Module):
                 return self._run(entry, args, kwargs)
             except Misfit as error:
                 return self._run_apart({error.node}, args, kwargs)
+
+    def _given(self, args: Any, kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+        """The arguments without those that are as if left out; the network is traced anew for others than last time."""
+        given = dict(zip(self._positions, args, strict=False)) | kwargs
+        left_out = {name: d for name, d in self._optional.items() if name not in given or given[name] is d}
+        if left_out.keys() != self._left_out.keys():
+            self._left_out = left_out
+            self.clear()
+        if len(args) > len(self._positions):  # *args
+            return args, kwargs
+        return (), {name: value for name, value in given.items() if name not in left_out}
 
     def _run(self, entry: _Entry, args: Any, kwargs: Any) -> Any:
         if entry.form is None:
@@ -262,7 +280,7 @@ class Deployed(nn.Module):
         root.eval()
         skipped = frozenset(skipped_blocks)
         if skipped not in self._forms:
-            traced = trace(root, self.method)
+            traced = trace(root, self.method, self._left_out)
             form = None if traced.graph is None else make_form(traced.graph, root, self._apart)
             self._forms[skipped] = traced, form
         form = self._forms[skipped][1]

@@ -1,6 +1,9 @@
 """The graph of a plain network for ``deploy``, and which line of it stops the trace where one does."""
 
+import inspect
 import traceback
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,14 +50,27 @@ def _is_torch_layer(module: nn.Module) -> bool:
     return all(getattr(cls, m, None) is getattr(base, m, None) for m in ("forward", "_conv_forward", "__call__"))
 
 
-def trace(net: nn.Module, method: str) -> Traced:
-    """The operations of a method of a network as a graph whose modules are layers of torch, and those that cannot be traced."""
+def optional_arguments(net: nn.Module, method: str) -> dict[str, Any]:
+    """Arguments of a method that may be left out, and what they are then."""
+    parameters = inspect.signature(getattr(net, method)).parameters
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+def trace(net: nn.Module, method: str, left_out: dict[str, Any]) -> Traced:
+    """The operations of a method of a network as a graph whose modules are layers of torch, and those that cannot be traced.
+
+    Arguments that are ``left_out`` are the values given here, and none of the graph's.
+    """
     opaque: set[str] = set()
     stopped: dict[str, str] = {}
     while True:
         tracer = _Tracer(opaque, method)
         try:
-            graph = tracer.trace(net)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # of values of left out arguments that cannot be asserted: they are gone
+                graph = tracer.trace(net, left_out)
         # A network is any Python: what it raises on a stand-in for a tensor can be anything. It is put into the report.
         except Exception as error:
             name = tracer.failed or ""
@@ -63,7 +79,20 @@ def trace(net: nn.Module, method: str) -> Traced:
                 return Traced(None, stopped)
             opaque.add(name)
             continue
+        _without(graph, inspect.signature(getattr(net, method)).parameters)
         return Traced(graph, stopped)
+
+
+def _without(graph: fx.Graph, known: Collection[str]) -> None:
+    """Take out the placeholders of left out arguments, which have names of their own, and the assertions about them."""
+    for node in list(graph.nodes):
+        if node.op != "placeholder" or str(node.target).lstrip("*") in known:
+            continue
+        for user in list(node.users):  # an assertion, or the comparison that one asserts
+            for assertion in list(user.users):
+                graph.erase_node(assertion)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def _line(error: Exception) -> str:

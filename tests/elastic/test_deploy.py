@@ -78,6 +78,31 @@ def test_inputs_in_any_layout_and_batch():
         check_like_extracted(deployed, model, torch.randn(1, 3, size, 16), 0.5)
 
 
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, mask=None, twice=False, scale=1.0):
+        h = self.a(x).relu()
+        if mask is not None:
+            h = h * mask
+        return self.b(h) * scale * (2 if twice else 1)
+
+
+@torch.no_grad()
+def test_optional_arguments():
+    x, mask = torch.randn(4, 5), torch.rand(4, 1)
+    model = elastic.convert(Optional().eval(), x, divisor=1)
+    deployed = elastic.deploy(model, widths=[0.5])
+    plain = elastic.extract(model, 0.5)
+    calls = [((x,), {}), ((x, mask), {}), ((x,), {"mask": mask, "scale": 0.5}), ((x, None), {}), ((x,), {})]
+    for args, kwargs in calls:
+        assert error(deployed(*args, **kwargs), plain(*args, **kwargs)) < 1e-6
+    assert not deployed.report.stopped
+    assert error(deployed(x, twice=True), plain(x, twice=True)) < 1e-6
+
+
 @torch.no_grad()
 def test_results_are_fresh_tensors():
     model, x = elastic_net("unet")
