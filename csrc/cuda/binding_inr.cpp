@@ -64,7 +64,7 @@ Call make_call(const std::vector<Tensor>& networks, const std::optional<Tensor>&
   c.first_sample = numbers[5], c.real_outputs = numbers[6], c.norm = float(norm), c.limit = float(limit);
   c.mlps = w_in.size(0), c.hidden = w_in.size(3), c.bands = (w_in.size(2) - 1) / 2;
   c.depth = networks[4].size(1), c.outputs = networks[6].size(1);
-  const int64_t tile = sk_inr_tile(c.hidden), p = c.mlps, d = c.depth, h = c.hidden, o = c.outputs;
+  const int64_t tile = sk_inr_tile(c.hidden, per_sample), p = c.mlps, d = c.depth, h = c.hidden, o = c.outputs;
   STD_TORCH_CHECK(tile && o % 64 == 0 && o <= 128 && c.real_outputs <= o && c.samples >= 1 && c.bands <= 31, op,
                   ": expected packed networks of 64, 128, 256 or 512 hidden units and at most 128 outputs");
   check_packed("w_in", w_in, ScalarType::Float, w_in, {p, 6, 1 + 2 * c.bands, h});
@@ -148,6 +148,39 @@ void inr_forward(std::vector<Tensor> networks, std::optional<Tensor> scale, std:
                                   current_stream(weights)));
 }
 
+// wave: inputs, gradients, results, first, dskip and dscale for tiles [first, first + the size of dscale).
+void inr_backward(std::vector<Tensor> networks, std::vector<Tensor> transposed, std::optional<Tensor> scale,
+                  std::optional<Tensor> seed, std::vector<int64_t> jobs, std::vector<int64_t> numbers, double norm,
+                  double limit, Tensor dy, int64_t first, std::vector<Tensor> wave) {
+  const char* op = "inr_weights_backward";
+  STD_TORCH_CHECK(!networks.empty() && networks[0].is_cuda() && transposed.size() == 2 && wave.size() == 6, op,
+                  ": expected packed networks on a CUDA device, 2 transposed matrices and 6 buffers");
+  const Tensor& like = networks[0];
+  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const Call call = make_call(networks, scale, {}, seed, jobs, numbers, norm, limit, true);
+  const SkInr& c = call.c;
+  const int64_t tiles = wave[5].numel(), rows = tiles * sk_inr_tile(c.hidden, 1), h = c.hidden, o = c.outputs;
+  STD_TORCH_CHECK(first >= 0 && first + tiles <= c.tiles && o <= h, op, ": expected a wave of the ", c.tiles, " tiles");
+  const ScalarType e = storage(numbers[0]);
+  check_packed("dy", dy, ScalarType::Float, like, {call.total});
+  check_packed("transposed[0]", transposed[0], e, like, {c.mlps, c.depth, h, h});
+  check_packed("transposed[1]", transposed[1], e, like, {c.mlps, h, o});
+  check_packed("wave[0]", wave[0], e, like, {c.depth + 1, rows, h});
+  check_packed("wave[1]", wave[1], e, like, {c.depth, rows, h});
+  check_packed("wave[2]", wave[2], e, like, {rows, o});
+  check_packed("wave[3]", wave[3], ScalarType::Float, like, {rows, h});
+  check_packed("wave[4]", wave[4], ScalarType::Float, like, {tiles, c.depth});
+  check_packed("wave[5]", wave[5], ScalarType::Float, like, {tiles});
+  SkInrBackward w{};
+  w.dy = static_cast<const float*>(dy.const_data_ptr());
+  w.w_hidden = transposed[0].const_data_ptr(), w.w_out = transposed[1].const_data_ptr();
+  w.inputs = wave[0].mutable_data_ptr(), w.gradients = wave[1].mutable_data_ptr();
+  w.results = wave[2].mutable_data_ptr(), w.first = static_cast<float*>(wave[3].mutable_data_ptr());
+  w.dskip = static_cast<float*>(wave[4].mutable_data_ptr()), w.dscale = static_cast<float*>(wave[5].mutable_data_ptr());
+  w.first_tile = first, w.tiles = tiles;
+  check_launch(op, sk_inr_backward(&c, &w, int(numbers[0]), current_stream(like)));
+}
+
 }  // namespace
 }  // namespace slimkernels
 
@@ -156,6 +189,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slimkernels_cuda, m) {
       "inr_forward(Tensor[] networks, Tensor? scale, Tensor[] base, Tensor? seed, int[] jobs, int[] numbers, float "
       "norm,"
       " float limit, Tensor(a!) weights) -> ()");
+  m.def(
+      "inr_backward(Tensor[] networks, Tensor[] transposed, Tensor? scale, Tensor? seed, int[] jobs, int[] numbers,"
+      " float norm, float limit, Tensor dy, int first, Tensor(a!)[] wave) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(slimkernels_cuda, CUDA, m) { m.impl("inr_forward", TORCH_BOX(&slimkernels::inr_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(slimkernels_cuda, CUDA, m) {
+  m.impl("inr_forward", TORCH_BOX(&slimkernels::inr_forward));
+  m.impl("inr_backward", TORCH_BOX(&slimkernels::inr_backward));
+}

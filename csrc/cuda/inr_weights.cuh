@@ -40,10 +40,10 @@ struct Operand<kSkOperandHalf> {
   static __device__ __forceinline__ E from(float x) { return from_float<E>(x); }
 };
 
-template <int kOperand, int kHidden>
+template <int kOperand, int kHidden, int kTileRows = kHidden <= 256 ? 64 : 32>
 struct InrShape {
   using E = typename Operand<kOperand>::E;
-  static constexpr int kRows = kHidden <= 256 ? 64 : 32;  // coordinates a tile
+  static constexpr int kRows = kTileRows;  // coordinates a tile
   static constexpr int kWarpsM = kRows / 32, kWarpsN = 8 / kWarpsM;
   static constexpr int kStep = 64 / sizeof(E), kPad = 16 / sizeof(E);
   static constexpr int kPitch = kHidden + kPad, kStagePitch = kStep + kPad;

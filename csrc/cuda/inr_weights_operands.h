@@ -10,4 +10,9 @@ int inr_forward_tf32(const SkInr& call, void* weights, int dtype, void* stream);
 int inr_forward_bfloat16(const SkInr& call, void* weights, int dtype, void* stream);
 int inr_forward_half(const SkInr& call, void* weights, int dtype, void* stream);
 
+int inr_backward_float(const SkInr& call, const SkInrBackward& wave, void* stream);
+int inr_backward_tf32(const SkInr& call, const SkInrBackward& wave, void* stream);
+int inr_backward_bfloat16(const SkInr& call, const SkInrBackward& wave, void* stream);
+int inr_backward_half(const SkInr& call, const SkInrBackward& wave, void* stream);
+
 }  // namespace slimkernels

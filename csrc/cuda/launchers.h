@@ -53,13 +53,28 @@ struct SkInr {
   float norm, limit;
 };
 
+// A wave of tiles of backward, where every sample has tiles of its own. Buffers of E, the operand's storage, and float.
+struct SkInrBackward {
+  const float* dy;        // like the weights
+  const void* w_hidden;   // (P, D, hidden, hidden): the transposes
+  const void* w_out;      // (P, hidden, outputs): likewise
+  void* inputs;           // (D + 1, tiles * rows, hidden): what each layer multiplied
+  void* gradients;        // (D, tiles * rows, hidden): at the hidden layers' pre-activations
+  void* results;          // (tiles * rows, outputs): at the networks' outputs
+  float* first;           // (tiles * rows, hidden): at the first layer's pre-activation
+  float *dskip, *dscale;  // (tiles, D) and (tiles)
+  int64_t first_tile, tiles;
+};
+
 extern "C" {
 // Writes `bytes` bytes to the device without a copy that a CUDA graph could not hold. A multiple of 8.
 int sk_upload(void* to, const void* from, int64_t bytes, void* stream);
-// Coordinates of a tile. 0 when this hidden size is not taken.
-int64_t sk_inr_tile(int64_t hidden);
+// Coordinates of a tile. 0 when this hidden size is not taken; backward takes up to 256.
+int64_t sk_inr_tile(int64_t hidden, int backward);
 // The weights of all jobs, in their layouts, into `weights` of dtype `dtype`; the bases have that dtype.
 int sk_inr_forward(const SkInr* call, void* weights, int operand, int dtype, void* stream);
+// Fills the buffers of a wave.
+int sk_inr_backward(const SkInr* call, const SkInrBackward* wave, int operand, void* stream);
 
 // y = act(conv(x, weight) + bias + residual). bias and residual may be null; residual has y's strides.
 int sk_depthwise_forward(const SkDepthwise* shape, const void* x, const void* weight, const void* bias,

@@ -88,8 +88,9 @@ def inr_weights(
     ``save``: "full" keeps hidden activations for backward, ``samples * coordinates * D * H`` numbers; "recompute" keeps
     nothing; "auto" is "full" when that fits ``save_budget``, and "recompute" on CUDA.
 
-    GPU: forward in CUDA C++ (hidden up to 512, outputs up to 128, relu, elu, gelu or silu; float32 in tf32 where
-    ``torch.backends.cuda.matmul.allow_tf32``), the rest and backward in PyTorch.
+    GPU: CUDA C++ (hidden up to 512, outputs up to 128, relu, elu, gelu or silu; float32 in tf32 where
+    ``torch.backends.cuda.matmul.allow_tf32``), the rest and the backward of hidden above 256 in PyTorch.
+    The fused backward holds 256 MiB of activations at a time.
 
     Raises: ValueError when a shape, a width, a name or a descriptor does not fit, TypeError when dtypes differ.
     Numerics: 16-bit parameters are multiplied in 16 bits and summed in float32; first layer and residual in float32.
@@ -360,10 +361,16 @@ define(
 autograd("inr_weights", _backward, _setup_context)
 
 
-def _cuda(*args):
-    from slimkernels.cuda_kernels import inr_weights as kernels
+def _on_cuda(name: str) -> None:
+    """The function ``name`` of cuda_kernels/inr_weights.py, imported at the first call, for CUDA tensors."""
 
-    return kernels.inr_weights(*args)
+    def run(*args):
+        from slimkernels.cuda_kernels import inr_weights as kernels
+
+        return getattr(kernels, name)(*args)
+
+    LIBRARY.impl(name, run, "CUDA")
 
 
-LIBRARY.impl("inr_weights", _cuda, "CUDA")
+_on_cuda("inr_weights")
+_on_cuda("inr_weights_backward")

@@ -10,8 +10,10 @@ from torch import Tensor
 from slimkernels.cuda_kernels import inr_weights as packing
 from tests.emulation.cuda.library import DTYPES, Kernels, pointer
 
-STEMS = ("inr_weights", "inr_weights_float", "inr_weights_tf32", "inr_weights_bfloat16", "inr_weights_half")
+OPERANDS = ("float", "tf32", "bfloat16", "half")
+STEMS = ("inr_weights", *(f"inr_weights_{o}" for o in OPERANDS), *(f"inr_weights_{o}_backward" for o in OPERANDS))
 COLUMNS = 18  # integers a job
+FLOAT_STEMS = ("inr_weights", "inr_weights_float", "inr_weights_float_backward")  # enough for operand 0
 POINTERS = ("w_in", "b_in", "w_hidden", "b_hidden", "skip", "w_out", "b_out", "scale", "jobs", "seed", "tables")
 INTEGERS = (
     "seed_value", "job_count", "tiles", "table_rows", "mlps", "hidden", "depth", "outputs", "real_outputs", "bands",
@@ -30,6 +32,20 @@ class Call(ctypes.Structure):
     ]
 
 
+class Wave(ctypes.Structure):
+    """``SkInrBackward``."""
+
+    _fields_ = [
+        *(
+            (n, ctypes.c_void_p)
+            for n in ("dy", "w_hidden", "w_out", "inputs", "gradients", "results", "first", "dskip")
+        ),
+        ("dscale", ctypes.c_void_p),
+        ("first_tile", ctypes.c_int64),
+        ("tiles", ctypes.c_int64),
+    ]
+
+
 class Operators:
     """What csrc/cuda/binding_inr.cpp offers, with the emulator's launchers behind it."""
 
@@ -45,7 +61,9 @@ class Operators:
         uploaded = torch.zeros_like(table)
         self.kernels.launch("sk_upload", pointer(uploaded), pointer(table), ctypes.c_int64(table.numel() * 8))
         assert torch.equal(uploaded, table)
-        assert self.kernels.size("sk_inr_tile", ctypes.c_int64(hidden)) == packing.tile_rows(hidden)
+        assert self.kernels.size("sk_inr_tile", ctypes.c_int64(hidden), int(per_sample)) == packing.tile_rows(
+            hidden, per_sample
+        )
         call = Call(
             *(pointer(t) for t in networks), pointer(scale), pointer(uploaded), None, pointer(tables),
             0 if seed is None else int(seed), len(table), int(table[:, 12].sum()) * (samples if per_sample else 1),
@@ -58,6 +76,15 @@ class Operators:
         call, alive = self.call(networks, scale, seed, jobs, numbers, norm, limit, False)
         weights.fill_(float("nan"))
         self.kernels.launch("sk_inr_forward", ctypes.byref(call), pointer(weights), numbers[0], DTYPES[weights.dtype])
+        del alive
+
+    def inr_backward(self, networks, transposed, scale, seed, jobs, numbers, norm, limit, dy, first, wave) -> None:
+        call, alive = self.call(networks, scale, seed, jobs, numbers, norm, limit, True)
+        for t in wave:
+            t.fill_(float("nan"))
+        pointers = [pointer(t) for t in (dy, *transposed, *wave)]
+        buffers = Wave(*pointers, first, len(wave[-1]))
+        self.kernels.launch("sk_inr_backward", ctypes.byref(call), ctypes.byref(buffers), numbers[0])
         del alive
 
 

@@ -93,7 +93,7 @@ class Kernels:
     """The launchers of one library; every call raises what the emulator found."""
 
     def __init__(self, stems: tuple[str, ...], schedule: int = 0, bug: tuple[str, str, str] | None = None) -> None:
-        self.library = ctypes.CDLL(str(build(stems, bug)))
+        self.library = ctypes.CDLL(str(build(stems, bug)), os.RTLD_LAZY)  # launchers of other stems may be missing
         self.library.emulator_take_error.restype = ctypes.c_char_p
         self.schedule = schedule
 

@@ -10,13 +10,15 @@ WIDE = {"depthwise_rows_kernel<float, 4>", "depthwise_rows_kernel<__nv_bfloat16,
         "depthwise_planes_kernel", "depthwise_gradient_kernel<float, 4>", "depthwise_gradient_kernel<__half, 8>",
         "depthwise_gradient_kernel<__nv_bfloat16, 8>", "slice_accumulate_kernel<float, float>",
         "slice_accumulate_kernel<__half, __half>", "slice_accumulate_kernel<__nv_bfloat16, __nv_bfloat16>"}  # fmt: skip
-MATRIX = {f"inr_forward_kernel<{operand}, {hidden}>" for operand in (1, 2, 3) for hidden in (64, 128, 256, 512)}
+MATRIX = {f"inr_backward_kernel<{operand}, {hidden}>" for operand in (1, 2, 3) for hidden in (64, 128, 256)} | {
+    f"inr_forward_kernel<{operand}, {hidden}>" for operand in (1, 2, 3) for hidden in (64, 128, 256, 512)
+}
 
 
 def cases():
     for target in TARGETS:
         for stem in STEMS:
-            quick = target == "sm_80" and stem not in ("inr_weights_float", "inr_weights_tf32", "inr_weights_half")
+            quick = target == "sm_80" and (stem == "inr_weights_bfloat16" or not stem.startswith("inr_weights_"))
             marks = [] if quick else [pytest.mark.slow_emulation]
             yield pytest.param(stem, target, marks=marks, id=f"{stem}-{target}")
 

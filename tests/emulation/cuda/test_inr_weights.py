@@ -99,12 +99,65 @@ def test_inr_weights_without_hidden_layers_and_many_outputs():
     check(Kernels(inr.STEMS), 64, 0, 0, outputs=80, tensors=[(InrTensor(1, 3, (3, 3), 1, tile=(4, 2)), (9, 70))])
 
 
+def check_backward(
+    kernels, hidden, depth, operand, activation="relu", noise="none", samples=1, order="neumeta", **more
+):
+    parameters, scale, _, active, spec = sample(hidden, depth, operand, **more)
+    options = (activation, order, 128.0, noise, 0.5, samples, 1)
+    dy = torch.randn(inr.packing.total(active, spec)).to(parameters[0].dtype)
+    nothing = dy.new_empty(0)
+    with inr.on_emulator(kernels, operand):
+        ours = inr.packing.inr_weights_backward(
+            dy, *parameters, scale, torch.tensor(77), nothing, active, spec, *options
+        )
+    exact = reference.inr_weights_backward(
+        *(t.double() for t in (dy, *parameters, scale)), torch.tensor(77), nothing.double(), active, spec, *options
+    )
+    for name, a, e in zip((*inr.packing.Packed._fields, "scale"), ours, exact, strict=True):
+        # A skip's gradient is one sum of terms that cancel.
+        assert error(a, e) < (4 if name == "skip" else 2) * LIMITS[operand], name
+
+
+def smooth_for(operand):
+    """ReLU in float32. In fewer bits rounding takes some of its inputs to the other side of zero: whole terms are missing,
+    in PyTorch too, and an error tells nothing."""
+    return "relu" if operand == "f32" else "silu"
+
+
+@pytest.mark.parametrize(("schedule", "operand"), RUNS)
+def test_inr_weights_backward(schedule, operand):
+    skip_unless_possible()
+    check_backward(Kernels(inr.STEMS, schedule), 33, 2, OPERANDS[operand], smooth_for(operand))
+
+
+@pytest.mark.parametrize("activation", ["elu", "gelu", "silu"])
+def test_inr_weights_backward_activations(activation):
+    skip_unless_possible()
+    check_backward(Kernels(inr.STEMS), 32, 1, 0, activation)
+
+
+@pytest.mark.parametrize("noise", ["axis", "element"])
+def test_inr_weights_backward_noise_samples_and_waves(noise, monkeypatch):
+    skip_unless_possible()
+    monkeypatch.setattr(inr.packing, "WAVE_BYTES", 3 * 64 * 64 * 4 * 5)
+    check_backward(Kernels(inr.STEMS, 1), 24, 1, 0, noise=noise, samples=3, order="htty")
+
+
+@pytest.mark.parametrize("hidden", [100, 256])
+@pytest.mark.parametrize("operand", ["f32", "bf16"])
+def test_inr_weights_backward_hidden_sizes(hidden, operand):
+    skip_unless_possible()
+    check_backward(Kernels(inr.STEMS), hidden, 1, OPERANDS[operand], smooth_for(operand), tensors=TENSORS[:1])
+
+
 BUGS = {
     "barrier after the stage is read": ("inr_weights.cuh", "kStride, at);\n    __syncthreads();", "kStride, at);"),
     "barrier before the stage is read": ("inr_weights.cuh", "__syncthreads();\n    multiply_stage", "multiply_stage"),
     "copies awaited": ("inr_weights.cuh", "      cp_wait<1>();", "      cp_wait<2>();"),
     "row of the result": ("inr_weights.cuh", "group + (e >> 1) * 8;", "group + (e >> 1) * 4;"),
     "barrier before the results": ("inr_weights_forward.cuh", "  __syncthreads();\n  const int emitted", "  const int emitted"),
+    "barrier before the gradient runs back": ("inr_weights_backward.cuh", "32] = x;\n  __syncthreads();", "32] = x;"),
+    "layer of the kept operands": ("inr_weights_backward.cuh", "inputs + layer * rows * kHidden, h", "inputs, h"),
     "edge of a tiled tensor": ("inr_coordinates.cuh", "return out < job.c_out && in", "return out <= job.c_out && in"),
 }  # fmt: skip
 
@@ -117,7 +170,8 @@ def test_inr_weights_planted_bugs_are_found(name):
 
     def broken():
         for schedule in SCHEDULES:
-            check(Kernels(inr.STEMS, schedule, BUGS[name]), 33, 2, 0)
+            check(Kernels(inr.FLOAT_STEMS, schedule, BUGS[name]), 33, 2, 0)
+            check_backward(Kernels(inr.FLOAT_STEMS, schedule, BUGS[name]), 33, 2, 0)
 
     with pytest.raises((AssertionError, EmulationError)):
         broken()

@@ -1,0 +1,10 @@
+#include "inr_weights_backward.cuh"
+#include "inr_weights_operands.h"
+
+namespace slimkernels {
+
+int inr_backward_half(const SkInr& call, const SkInrBackward& wave, void* stream) {
+  return backward<kSkOperandHalf>(call, wave, stream);
+}
+
+}  // namespace slimkernels
