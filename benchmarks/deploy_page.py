@@ -152,7 +152,7 @@ def page() -> str:
         first = rows[0]
         lines += [
             f"Written by `python -m benchmarks.deploy_page` from the rows of `python -m benchmarks.run deploy`: {first['run']}"
-            f" run of {first['date']}, commit {first['commit']}, {first['machine']}, {first['isa']},"
+            f" run of {first['date']}, commits {', '.join(dict.fromkeys(r['commit'] for r in rows))}, {first['machine']}, {first['isa']},"
             f" {first['threads']} thread, torch {first['torch']}, load {first['load']} as it began (other work ran beside"
             " it: times are CPU time, and only ratios within one interleaved run mean anything).",
             "",
