@@ -1,4 +1,4 @@
-"""The commands a person types: ``slimkernels info | demo | train | bench``."""
+"""The commands a person types: ``slimkernels info | kernels | demo | train | bench``."""
 
 import json
 import shlex
@@ -22,6 +22,18 @@ train_app = typer.Typer(help="Make a pre-trained network slimmable on real data.
 app.add_typer(train_app, name="train")
 
 console = Console()
+
+KERNEL_COLUMNS: dict[str, Any] = {
+    "kernel": "left",
+    "dtype": "left",
+    "registers": "right",
+    "spills": "right",
+    "shared": "right",
+    "occupancy": "right",
+    "moved": "right",
+    "rungs passed": "left",
+    "run on a GPU": "left",
+}
 
 
 def fail(message: object) -> NoReturn:
@@ -49,6 +61,37 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.
             table.add_row(name, text)
         console.print(table)
         console.print()
+
+
+@app.command()
+def kernels(
+    target: Annotated[
+        str, typer.Option(help="One of the table's targets, for example sm_80, sm_90 or gfx942; or 'all'.")
+    ] = "sm_90",
+) -> None:
+    """The GPU kernels: what each takes on a target, and how it was shown right without a GPU."""
+    from slimkernels import gpu_kernels
+
+    rows = gpu_kernels.read()
+    targets = sorted({row.target for row in rows})
+    if target != "all" and target not in targets:
+        fail(f"kernels: expected --target to be all or one of {', '.join(targets)}, got {target!r}")
+    shown = [row for row in rows if target in ("all", row.target)]
+    table = Table(title=f"GPU kernels, {target}", title_justify="left", title_style="bold", box=None, padding=(0, 1))
+    for column, justify in KERNEL_COLUMNS.items():
+        table.add_column(column, justify=justify, style="cyan" if column == "kernel" else None, overflow="fold")
+    for row in shown:
+        name = row.kernel if target != "all" else f"{row.kernel} ({row.target})"
+        takes = (row.registers, row.spills, row.shared, row.occupancy)
+        table.add_row(name, row.dtype, *takes, row.moved, row.rungs, row.gpu)
+    console.print(table)
+    console.print(
+        "\nregisters a thread; spills and shared memory in bytes; occupancy: a bound; moved: bytes that all kernels of the"
+        " op and direction move, over the fewest possible.",
+        highlight=False,
+    )
+    for rung, text in gpu_kernels.RUNGS.items():
+        console.print(f"{rung}  {text}", highlight=False)
 
 
 def run_recipe(

@@ -1,0 +1,233 @@
+"""Generates the table of the GPU kernels: ``slimkernels/gpu_kernels.csv`` and ``benchmarks/results/GPU_KERNELS.md``.
+
+``python -m tests.emulation.table`` makes all of it in some minutes, ``python -m tests.emulation.table norm`` (or
+``linear``, ``conv``, ``cuda``) only the rows of that family and keeps the others. Numbers of Triton kernels belong to the
+release in the column ``compiler``.
+
+Bytes moved are counted by the interpreter, in sectors of 32 bytes of each load and store, without any cache; the fewest
+possible are those of every tensor that the op reads or returns, once.
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from slimkernels.gpu_kernels import COLUMNS, PATH, RUNGS, Row, read
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+MARKDOWN = ROOT / "benchmarks" / "results" / "GPU_KERNELS.md"
+NEVER = "never"
+DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+
+# The tests that are the rungs of each family.
+PROOFS = {
+    "norm": {"T1": ["test_row_norm_interpreted", "test_channel_norm_interpreted"], "T2": ["test_norms_aot"],
+             "T3": ["test_norms_simulated"]},
+    "linear": {"T1": ["test_slim_linear_interpreted"], "T2": ["test_slim_linear_aot"],
+               "T3": ["test_slim_linear_simulated"]},
+    "conv": {"T1": ["test_slim_conv_interpreted"], "T2": ["test_slim_conv_aot"], "T3": ["test_slim_conv_simulated"]},
+    "cuda": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_sanitizers"], "C3": ["cuda/test_simulated"],
+             "C4": ["cuda/test_binding"]},
+}  # fmt: skip
+
+
+def rungs(family: str) -> str:
+    proofs = PROOFS[family].items()
+    return " ".join(rung for rung, tests in proofs if all((HERE / f"{test}.py").exists() for test in tests))
+
+
+def problem(family: str, op: str, direction: str, dtype: str) -> tuple[Callable[[], Any], list]:
+    """A call of a launcher, and the tensors that it must read."""
+    import torch
+
+    kind = getattr(torch, DTYPES[dtype])
+    if family == "norm":
+        from tests.emulation import norm_cases
+
+        return norm_cases.problem(op, direction, kind, norm_cases.LAYOUTS[op][0])
+    from slimkernels.triton_kernels import slim_linear as linear
+
+    x, dy = torch.zeros(512, 256, dtype=kind), torch.zeros(512, 192, dtype=kind)
+    weight = torch.zeros(256, 512, dtype=kind)
+    bias = weight[:, 0].contiguous()
+    if direction == "forward":
+        return lambda: linear.slim_linear(x, weight, bias, 192, 1, 1, "gelu", dy), [x, weight[:192, :256], dy]
+    return lambda: linear.slim_linear_backward(dy, x, weight, 1, 1, True, True, False), [x, weight[:192, :256], dy]
+
+
+def problems(family: str) -> Iterator[tuple[str, str, str]]:
+    ops = ["slim_batch_norm", "slim_group_norm", "slim_layer_norm", "slim_rms_norm"]
+    for op in ops if family == "norm" else ["slim_linear"]:
+        for direction in ("forward", "backward"):
+            for dtype in DTYPES:
+                yield op, direction, dtype
+
+
+def count_moved(family: str) -> dict[str, float]:
+    """Of each problem the bytes moved over the fewest; in a process with ``TRITON_INTERPRET=1``."""
+    from tests.emulation import interpreter
+    from tests.helpers import tensors_in
+
+    interpreter.install()
+    counted = {}
+    for op, direction, dtype in problems(family):
+        call, inputs = problem(family, op, direction, dtype)
+        interpreter.LAUNCHES.clear()
+        outputs = call()
+        least = sum(t.numel() * t.element_size() for t in [*inputs, *tensors_in(outputs)])
+        moved = sum(sum(launch.moved.values()) for launch in interpreter.LAUNCHES)
+        counted[f"{op} {direction} {dtype}"] = moved / least
+    return counted
+
+
+def moved_in_a_process_of_its_own(family: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.emulation.table", family, "--count"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def triton_rows(family: str) -> Iterator[Row]:
+    moved = moved_in_a_process_of_its_own(family)
+    done = set()
+    for op, direction, dtype in problems(family):
+        for row in rows_of_problem(family, op, direction, dtype, f"{moved[f'{op} {direction} {dtype}']:.2f}"):
+            if (row.kernel, row.dtype, row.target) not in done:
+                done.add((row.kernel, row.dtype, row.target))
+                yield row
+
+
+def rows_of_problem(
+    family: str, op: str, direction: str, dtype: str, moved: str, targets: list[str] | None = None
+) -> Iterator[Row]:
+    import triton
+
+    from tests.emulation import aot
+    from tests.emulation.capture import capture
+
+    for launch in capture(problem(family, op, direction, dtype)[0]):
+        for target in targets or aot.TARGETS:
+            found = launch.resources(target)
+            known = found.occupancy == found.occupancy
+            yield Row(
+                kernel=launch.name,
+                op=op,
+                direction=direction,
+                dtype=dtype,
+                target=target,
+                registers=str(found.registers),
+                spills=str(found.spills),
+                shared=str(found.shared),
+                occupancy=f"{found.occupancy:.3f}" if known else "",
+                limiter=found.limiter,
+                moved=moved,
+                rungs=rungs(family),
+                gpu=NEVER,
+                compiler=f"Triton {triton.__version__}",
+            )
+
+
+def cuda_rows() -> Iterator[Row]:
+    from tests.emulation.cuda import compiled
+
+    release = re.search(r"release ([\d.]+)", compiled.run("nvcc", "--version"))
+    assert release is not None
+    for stem in compiled.STEMS:
+        for target in compiled.TARGETS:
+            for name, kernel in sorted(compiled.compile_file(stem, target).items()):
+                dtype = next((short for part, short in CUDA_DTYPES.items() if part in name), "")
+                yield Row(
+                    kernel=name,
+                    op=stem,
+                    direction="backward" if stem.endswith("gradient") else "",
+                    dtype=dtype,
+                    target=target,
+                    registers=str(kernel.registers),
+                    spills=str(kernel.spills),
+                    shared=str(kernel.shared),
+                    occupancy="",
+                    limiter="",
+                    moved="",
+                    rungs=rungs("cuda"),
+                    gpu=NEVER,
+                    compiler=f"nvcc {release[1]}",
+                )
+
+
+CUDA_DTYPES = {"<float": "f32", "<__nv_bfloat16": "bf16", "<__half": "f16"}
+
+
+def family_of(row: Row) -> str:
+    if row.compiler.startswith("nvcc"):
+        return "cuda"
+    return row.op.split("_")[1] if not row.op.endswith("norm") else "norm"
+
+
+def markdown(rows: list[Row]) -> str:
+    shown = [
+        "kernel",
+        "op",
+        "direction",
+        "dtype",
+        "target",
+        "registers",
+        "spills",
+        "shared",
+        "occupancy",
+        "moved",
+        "rungs",
+    ]
+    lines = [
+        "# GPU kernels",
+        "",
+        "Generated by `python -m tests.emulation.table`. No kernel here has been run on a GPU yet. `occupancy` is a bound"
+        " from registers and shared memory, `moved` the bytes that all kernels of that op and direction move over the"
+        " fewest possible, counted without a cache.",
+        "",
+        *(f"- {rung}: {text}" for rung, text in RUNGS.items()),
+        "",
+        "| " + " | ".join(shown) + " |",
+        "|" + "---|" * len(shown),
+        *("| " + " | ".join(str(getattr(row, name)) for name in shown) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[Row]) -> None:
+    with PATH.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([getattr(row, name) for name in COLUMNS] for row in rows)
+    MARKDOWN.write_text(markdown(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", nargs="*", help="only these; all of them by default")
+    parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.count:
+        print(json.dumps(count_moved(args.family[0])))
+        return
+    families = args.family or [
+        f for f in PROOFS if f != "conv" or importlib.util.find_spec("tests.emulation.conv_cases")
+    ]
+    kept = [row for row in read() if family_of(row) not in families] if PATH.exists() else []
+    for family in families:
+        kept += cuda_rows() if family == "cuda" else triton_rows(family)
+        write(sorted(kept, key=lambda row: (list(PROOFS).index(family_of(row)), row.op, row.kernel)))
+
+
+if __name__ == "__main__":
+    main()

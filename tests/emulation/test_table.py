@@ -1,0 +1,60 @@
+"""The table of the GPU kernels: it names every kernel of the sources, and says what the compilers say."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slimkernels import cli, gpu_kernels
+from tests.emulation import table
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_table_names_every_kernel_of_the_sources():
+    listed = {row.kernel.split("<")[0] for row in gpu_kernels.read()}
+    triton = {
+        name
+        for path in (ROOT / "slimkernels" / "triton_kernels").glob("*.py")
+        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
+    cuda = {
+        name
+        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+        for name in re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\(", path.read_text())
+    }
+    assert len(triton) >= 10
+    assert triton | cuda == listed, "the table is stale: python -m tests.emulation.table"
+
+
+def test_table_in_the_documentation_is_that_of_the_package():
+    assert table.MARKDOWN.read_text() == table.markdown(gpu_kernels.read())
+
+
+def test_table_claims_no_run_on_a_gpu_and_no_spill():
+    rows = gpu_kernels.read()
+    assert {row.gpu for row in rows} == {"never"}
+    assert {row.spills for row in rows} == {"0"}
+    assert all(row.rungs for row in rows)
+    families = {table.family_of(row): row.rungs for row in rows}
+    assert families == {family: table.rungs(family) for family in families}
+
+
+@pytest.mark.parametrize("op", ["slim_layer_norm", "slim_linear"])
+def test_table_says_what_the_compiler_says(op):
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    rows = [row for row in gpu_kernels.read() if (row.op, row.direction, row.dtype) == (op, "forward", "bf16")]
+    if rows[0].compiler != f"Triton {triton.__version__}":
+        pytest.skip(f"the table is of {rows[0].compiler}, installed is {triton.__version__}")
+    found = table.rows_of_problem(table.family_of(rows[0]), op, "forward", "bf16", rows[0].moved, ["sm_80"])
+    assert list(found) == [row for row in rows if row.target == "sm_80"]
+
+
+def test_kernels_command_prints_the_table():
+    shown = CliRunner().invoke(cli.app, ["kernels"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    assert "_row_norm_fwd_kernel" in shown.output
+    assert "never" in shown.output
+    wrong = CliRunner().invoke(cli.app, ["kernels", "--target", "sm_1"])
+    assert wrong.exit_code == 1
