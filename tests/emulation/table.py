@@ -10,7 +10,6 @@ possible are those of every tensor that the op reads or returns, once.
 
 import argparse
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -54,19 +53,30 @@ def problem(family: str, op: str, direction: str, dtype: str) -> tuple[Callable[
         from tests.emulation import norm_cases
 
         return norm_cases.problem(op, direction, kind, norm_cases.LAYOUTS[op][0])
-    from slimkernels.triton_kernels import slim_linear as linear
+    bias = torch.zeros(256, dtype=kind)
+    if family == "linear":
+        from slimkernels.triton_kernels import slim_linear as linear
 
-    x, dy = torch.zeros(512, 256, dtype=kind), torch.zeros(512, 192, dtype=kind)
-    weight = torch.zeros(256, 512, dtype=kind)
-    bias = weight[:, 0].contiguous()
+        x, dy, weight = (torch.zeros(shape, dtype=kind) for shape in [(512, 256), (512, 192), (256, 512)])
+        read = [x, weight[:192, :256], dy]
+        if direction == "forward":
+            return lambda: linear.slim_linear(x, weight, bias, 192, 1, 1, "gelu", dy), read
+        return lambda: linear.slim_linear_backward(dy, x, weight, 1, 1, True, True, False), read
+    from slimkernels.triton_kernels import slim_conv as conv
+
+    x, dy, weight = (
+        torch.zeros(shape, dtype=kind).contiguous(memory_format=torch.channels_last)
+        for shape in [(2, 64, 16, 16), (2, 96, 16, 16), (128, 128, 3, 3)]
+    )
+    read, geometry = [x, weight[:96, :64], dy], ((1, 1), (1, 1), (1, 1))
     if direction == "forward":
-        return lambda: linear.slim_linear(x, weight, bias, 192, 1, 1, "gelu", dy), [x, weight[:192, :256], dy]
-    return lambda: linear.slim_linear_backward(dy, x, weight, 1, 1, True, True, False), [x, weight[:192, :256], dy]
+        return lambda: conv.slim_conv(x, weight, bias, 96, *geometry, 1, "silu", dy), read
+    return lambda: conv.slim_conv_backward(dy, x, weight, *geometry, 1, True, True, False), read
 
 
 def problems(family: str) -> Iterator[tuple[str, str, str]]:
     ops = ["slim_batch_norm", "slim_group_norm", "slim_layer_norm", "slim_rms_norm"]
-    for op in ops if family == "norm" else ["slim_linear"]:
+    for op in ops if family == "norm" else [f"slim_{family}"]:
         for direction in ("forward", "backward"):
             for dtype in DTYPES:
                 yield op, direction, dtype
