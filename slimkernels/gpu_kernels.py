@@ -14,8 +14,8 @@ RUNGS = {
     "T2": "compiled ahead of time: no spills, shared memory within the limit, the right instructions",
     "T3": "the compiled code executed on the CPU",
     "C1": "compiled by nvcc without a warning or a spill",
-    "C2": "run on CPU fibers in three orders of threads, with sanitizers",
-    "C3": "the compiled code executed on the CPU",
+    "C2": "run on CPU fibers in three orders of threads, bounds and barriers checked",
+    "C3": "nvcc's PTX executed on the CPU",
     "C4": "the built library loads on a torch without a GPU",
 }
 

@@ -88,7 +88,9 @@ def test_info_prints_a_table():
     assert "instruction set" in result.stdout
 
 
-@pytest.mark.parametrize("command", [["--help"], ["info", "--help"], ["bench", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["info", "--help"], ["kernels", "--help"], ["bench", "--help"], ["train", "--help"]]
+)
 def test_help(command):
     result = invoke(*command)
     assert result.exit_code == 0

@@ -16,7 +16,7 @@ from slimkernels.triton_kernels._norm import before_activation, load_parameter
 from slimkernels.triton_kernels._rows import Rows, row_offsets, row_strides
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "steps"])
 def _channel_norm_statistics_kernel(
     x_ptr,
     partial_ptr,  # (batches * splits, 2, C): mean and sum of squares around it
@@ -72,7 +72,7 @@ def group_parts(offs_g, offs_p, C, splits, group_size, groups):
     return at * (2 * C) + channel, split, (split < splits)[None, :] & (channel < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["all_groups", "splits", "rows_per_split"])
 def _channel_norm_merge_kernel(
     partial_ptr,  # (batches * splits, 2, C)
     mean_ptr,  # (batches, groups)
@@ -163,7 +163,7 @@ def load_gradient(
     return before_activation(dz, xhat, weight[None, :], bias[None, :], saved, ACTIVATION, SAVED), xhat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def _channel_norm_fwd_kernel(
     x_ptr,
     mean_ptr,  # (batches, groups), or running statistics

@@ -11,7 +11,7 @@ from slimkernels.triton_kernels._norm import empty_gradients, load_parameter, su
 from slimkernels.triton_kernels._rows import Rows, new_output, one_stride, row_offsets, row_strides, rows_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "steps"])
 def _channel_norm_bwd_sums_kernel(
     dy_ptr,
     x_ptr,
@@ -78,7 +78,7 @@ def _channel_norm_bwd_sums_kernel(
     tl.store(out + C, tl.sum(sum_dz, 0), mask=mask_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FULL", "all_groups", "splits"])
 def _channel_norm_bwd_merge_kernel(
     partial_ptr,  # (batches * splits, 2, C)
     weight_ptr,
@@ -127,7 +127,7 @@ def _channel_norm_bwd_merge_kernel(
     tl.store(moments_ptr + all_groups + offs_g, tl.sum(moment_dz, 1) / count, mask=mask_g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles", "batches"])
 def _channel_norm_bwd_x_kernel(
     dy_ptr,
     x_ptr,

@@ -80,7 +80,7 @@ def load_parameter(ptr, offs, stride, mask, GIVEN: tl.constexpr, absent):
     return tl.zeros(offs.shape, tl.float32) + absent
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "FULL"])
 def _norm_bwd_w_kernel(
     partial_ptr,  # (P, 2, C) in float32: of the weight's gradient, and of the bias's
     dw_ptr,  # (FULL,)

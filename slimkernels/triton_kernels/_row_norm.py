@@ -22,7 +22,7 @@ def pick_tile(rows: int, c: int) -> tuple[int, int, int]:
     return block_m, block_c, max(4, block_c // 512)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _row_norm_fwd_kernel(
     x_ptr,  # (M, C)
     weight_ptr,
@@ -103,7 +103,7 @@ def _row_norm_fwd_kernel(
         tl.store(y_ptr + offs_m[:, None] * C + offs_c[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "steps"])
 def _row_norm_bwd_kernel(
     dy_ptr,  # (M, C)
     x_ptr,  # (M, C)

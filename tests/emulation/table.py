@@ -34,13 +34,20 @@ PROOFS = {
     "linear": {"T1": ["test_slim_linear_interpreted"], "T2": ["test_slim_linear_aot"],
                "T3": ["test_slim_linear_simulated"]},
     "conv": {"T1": ["test_slim_conv_interpreted"], "T2": ["test_slim_conv_aot"], "T3": ["test_slim_conv_simulated"]},
-    "cuda": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_sanitizers"], "C3": ["cuda/test_simulated"],
-             "C4": ["cuda/test_binding"]},
+    "slim_conv_depthwise": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_depthwise"], "C4": ["cuda/test_binding"]},
+    "slice_accumulate": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_slice_accumulate"],
+                         "C4": ["cuda/test_binding"]},
+    "inr_weights": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_inr_weights"], "C4": ["cuda/test_binding"]},
 }  # fmt: skip
 
 
-def rungs(family: str) -> str:
-    proofs = PROOFS[family].items()
+FAMILIES = ["norm", "linear", "conv", "cuda"]
+
+
+def rungs(family: str, op: str) -> str:
+    """The rungs whose tests there are, of a Triton family or of a CUDA source whose name begins with a key of ``PROOFS``."""
+    key = next((key for key in PROOFS if op.startswith(key)), family) if family == "cuda" else family
+    proofs = PROOFS[key].items()
     return " ".join(rung for rung, tests in proofs if all((HERE / f"{test}.py").exists() for test in tests))
 
 
@@ -113,8 +120,8 @@ def triton_rows(family: str) -> Iterator[Row]:
     done = set()
     for op, direction, dtype in problems(family):
         for row in rows_of_problem(family, op, direction, dtype, f"{moved[f'{op} {direction} {dtype}']:.2f}"):
-            if (row.kernel, row.dtype, row.target) not in done:
-                done.add((row.kernel, row.dtype, row.target))
+            if (row.kernel, row.op, row.dtype, row.target) not in done:
+                done.add((row.kernel, row.op, row.dtype, row.target))
                 yield row
 
 
@@ -142,7 +149,7 @@ def rows_of_problem(
                 occupancy=f"{found.occupancy:.3f}" if known else "",
                 limiter=found.limiter,
                 moved=moved,
-                rungs=rungs(family),
+                rungs=rungs(family, op),
                 gpu=NEVER,
                 compiler=f"Triton {triton.__version__}",
             )
@@ -169,7 +176,7 @@ def cuda_rows() -> Iterator[Row]:
                     occupancy="",
                     limiter="",
                     moved="",
-                    rungs=rungs("cuda"),
+                    rungs=rungs("cuda", stem),
                     gpu=NEVER,
                     compiler=f"nvcc {release[1]}",
                 )
@@ -230,13 +237,11 @@ def main() -> None:
     if args.count:
         print(json.dumps(count_moved(args.family[0])))
         return
-    families = args.family or [
-        f for f in PROOFS if f != "conv" or importlib.util.find_spec("tests.emulation.conv_cases")
-    ]
-    kept = [row for row in read() if family_of(row) not in families] if PATH.exists() else []
+    families = args.family or FAMILIES
     for family in families:
-        kept += cuda_rows() if family == "cuda" else triton_rows(family)
-        write(sorted(kept, key=lambda row: (list(PROOFS).index(family_of(row)), row.op, row.kernel)))
+        made = list(cuda_rows() if family == "cuda" else triton_rows(family))
+        kept = [row for row in read() if family_of(row) != family] if PATH.exists() else []
+        write(sorted(kept + made, key=lambda row: (FAMILIES.index(family_of(row)), row.op, row.kernel)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ TESTS = {
     "slim_layer_norm": test_slim_layer_norm,
     "slim_rms_norm": test_slim_rms_norm,
 }
-FAST = {("slim_batch_norm", "bf16", "sm_80"), ("slim_layer_norm", "f32", "sm_90"), ("slim_group_norm", "f16", "sm_80")}
+FAST = {("slim_batch_norm", "bf16", "sm_80"), ("slim_layer_norm", "f32", "sm_90")}
 CASES = [
     pytest.param(op, dtype, target, marks=() if (op, dtype_id(dtype), target) in FAST else (slow,))
     for op in TESTS
