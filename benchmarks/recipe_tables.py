@@ -8,12 +8,15 @@ import csv
 import sys
 from pathlib import Path
 
+from slimkernels.recipes.separate_results import WAYS, spread, summary, times
+
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
 TABLES = {
     "demo": "demo-digits.csv",
     "cifar": "cifar10-resnet20.csv",
     "enhance": "nsnet2-enhance.csv",
+    "separate": "bsrnn-separate.csv",
     "hyper-block": "hyper/last-block.csv",
     "hyper-digits": "hyper/digits.csv",
     "hyper-seeds": "hyper/digits-seeds.csv",
@@ -96,6 +99,35 @@ def hyper_markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", f"{text}{note} {', '.join(f'`{c}`' for c in commands)}"])
 
 
+def separate_markdown(rows: list[dict[str, str]]) -> str:
+    first, seeds = rows[0], len({row["seed"] for row in rows})
+    heads = ["width", "depth", "parameters", "MACs a second", "taken out", "trained alone", "CPU s alone"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
+    better, cells_of = 0, summary(rows)
+    for (width, depth), cell in cells_of.items():
+        found = {way: spread(cell[way], "si_sdr") for way in WAYS}
+        best = max(found, key=lambda way: found[way][0])
+        better += best == WAYS[0]
+        scores = ["{:.2f} ± {:.2f}".format(*found[way]) for way in WAYS]
+        cells = [width, depth, f"{int(cell['alone'][0]['parameters']):,}"]
+        cells += [f"{int(cell['alone'][0]['macs_per_second']) / 1e6:.0f} M"]
+        cells += [f"**{text}**" if way == best else text for way, text in zip(WAYS, scores, strict=True)]
+        lines.append("| " + " | ".join([*cells, f"{spread(cell['alone'], 'training_cpu_s')[0]:.0f}"]) + " |")
+    text = (
+        f"SI-SDR in dB, mean and standard deviation of {seeds} seeds; the mixtures have {first['si_sdr_mixture']} dB."
+        f" {first['network']}, on {first['data']}: {first['test_mixtures']} test mixtures of"
+        f" {float(first['test_seconds']):g} s; every training {first['steps']} steps of {first['batch_size']} x"
+        f" {float(first['batch_seconds']):g} s with the same batches, optimizer and learning rate; a step of the elastic one"
+        " runs the largest, the smallest and one more sub-network. Networks trained alone are plain PyTorch. Taken out of the"
+        f" elastic network, {better} of the {len(cells_of)} sub-networks score higher than trained alone. {times(rows)}"
+        f" ({first['cpu']}, {first['isa']}, one thread, load average {first['load']}.)"
+    )
+    return "\n".join([*lines, "", f"{text} `{first['command']}`"])
+
+
+MARKDOWN = {"enhance": speech_markdown, "separate": separate_markdown, "hyper": hyper_markdown}
+
+
 def filled(text: str) -> str:
     for name, file in TABLES.items():
         path = FOLDER / "results" / file
@@ -105,7 +137,7 @@ def filled(text: str) -> str:
         with path.open(newline="") as opened:
             rows = list(csv.DictReader(opened))
         before, rest = text.split(begin, 1)
-        kind = speech_markdown if name == "enhance" else hyper_markdown if name.startswith("hyper") else markdown
+        kind = MARKDOWN.get(name.partition("-")[0], markdown)
         text = f"{before}{begin}\n{kind(rows)}\n{end}{rest.split(end, 1)[1]}"
     return text
 
