@@ -149,10 +149,10 @@ def page() -> str:
     rows, measured = rows_of_networks(), layers()
     lines = ["# Deployed networks", ""]
     if rows:
-        first = rows[0]
+        first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
         lines += [
             f"Written by `python -m benchmarks.deploy_page` from the rows of `python -m benchmarks.run deploy`: {first['run']}"
-            f" run of {first['date']}, commits {', '.join(dict.fromkeys(r['commit'] for r in rows))}, {first['machine']}, {first['isa']},"
+            f" run of {first['date']}, commits {commits}, {first['machine']}, {first['isa']},"
             f" {first['threads']} thread, torch {first['torch']}, load {first['load']} as it began (other work ran beside"
             " it: times are CPU time, and only ratios within one interleaved run mean anything).",
             "",
