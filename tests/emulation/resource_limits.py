@@ -11,7 +11,9 @@ def check_matrix_kernel(launch: Captured, target: str, rows: str) -> Resources:
     """
     found = launch.resources(target)
     what = f"{launch.name} for {target}, {launch.constants}"
-    assert found.spills == 0, f"{found.spills} bytes of spills in {what}"
+    # On AMD a scalar register that spills goes to a lane of a vector register: what counts is memory, the stack.
+    spilled = found.stack if target == "gfx942" else found.spills
+    assert spilled == 0, f"{spilled} bytes of spills in {what}"
     assert found.shared <= LIMITS["sm_80"].shared_per_block, f"{found.shared} bytes of shared memory in {what}"
     exact = launch.constants["PRECISION"] == "ieee" and "*fp32" in (
         launch.signature.get("x_ptr") or launch.signature["src_ptr"]
