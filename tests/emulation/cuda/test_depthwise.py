@@ -153,7 +153,7 @@ BUGS = {
     "barrier between sources": ("", "    if (s) __syncthreads();\n", ""),
     "barrier after the weights": ("", f"{_BARRIER}  }}\n  const int lane", "  }\n  const int lane"),
     "mask of the input": ("", "at >= 0 && at < a.in ?", "at >= 0 && at <= a.in ?"),
-    "row of the kernel": ("", "row = tap / g.w.kernel", "row = tap / g.h.kernel"),
+    "column of the kernel": ("", "column * g.weight_stride[2]", "column * g.weight_stride[1]"),
     "barrier in the reduction": ("_gradient", f"sum[t][v];\n{_BARRIER}", "sum[t][v];\n"),
     "barrier before the reduction": ("_gradient", f"++t) {{\n{_BARRIER}", "++t) {\n"),
     "last pixel": ("_gradient", "pixel < end;", "pixel < end - 1;"),
