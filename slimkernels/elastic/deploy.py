@@ -50,7 +50,8 @@ def deploy(
 
     Raises: ValueError when a width or depth is not legal, one width needs more than ``max_cache_bytes`` or there is no
         such method, TypeError for a dtype that is not floating point, RuntimeError when the machine has no bfloat16 products.
-    Source: spec of Universally Slimmable Networks (arXiv 1903.05134): one network, any width at run time.
+    Source: Yu and Huang, Universally Slimmable Networks (arXiv 1903.05134): one network, any width at run time; batch-norm
+        folding: Jacob et al. (arXiv 1712.05877), section 3.2.
     """
     known = plan(model)
     if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):

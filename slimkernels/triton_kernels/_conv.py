@@ -373,8 +373,7 @@ def launch_weight_gradient(
     rows = ceil_div(ceil_div(m, splits), blocks.k) * blocks.k
     target = dw.unsqueeze(0)
     if splits > 1:
-        shape = (splits, dw.shape[0], kh, kw, c)
-        target = dw.new_empty(shape, dtype=torch.float32).permute(0, 1, 4, 2, 3)
+        target = dw.new_empty((splits, dw.shape[0], kh, kw, c), dtype=torch.float32).permute(0, 1, 4, 2, 3)
     with on_device(src):
         _slim_conv_bwd_w_kernel[(tiles, splits, groups)](
             dy,
