@@ -51,7 +51,7 @@ def sliced(net: nn.Module) -> nn.Module:
 
 
 def set_widths(net: nn.Module, widths: Widths) -> None:
-    for name, module in net.named_modules():
+    for name, module in getattr(net, "_orig_mod", net).named_modules():  # what torch.compile wraps
         if name in widths:
             module.width = widths[name]  # type: ignore[assignment]
 
