@@ -229,6 +229,8 @@ def convert(m: Any, i: Instruction) -> None:
         result = rounding(values).astype(TYPES[to])
     else:
         result = values.astype(TYPES[to])
+    if "sat" in i.mods and to in FLOATS:
+        result = np.nan_to_num(np.clip(result, 0, 1), nan=0.0)
     m.write(i.operands[0], result)
 
 
@@ -261,6 +263,14 @@ def extract_bits(m: Any, i: Instruction) -> None:
         negative = np.array([c > 0 and (int(v) >> (int(c) - 1)) & 1 for v, c in zip(found, count, strict=True)], bool)
         found = found - np.where(negative, 2**count, 0)
     m.write(i.operands[0], np.array([int(v) for v in found], values.dtype))
+
+
+def insert_bits(m: Any, i: Instruction) -> None:
+    new, old = (m.read(o, i.type).astype(object) for o in i.operands[1:3])
+    at, count = (m.read(o, "u32").astype(object) & 255 for o in i.operands[3:5])
+    kept = 2 ** bits(TYPES[i.type]) - 1
+    hole = ((2**count - 1) * 2**at) & kept
+    m.write(i.operands[0], (old & (kept ^ hole) | (new * 2**at) & hole).astype(TYPES[i.type]))
 
 
 def funnel_shift(m: Any, i: Instruction) -> None:
@@ -303,6 +313,7 @@ HANDLERS: dict[str, Callable[[Any, Instruction], None]] = {
     "prmt": permute_bytes,
     "lop3": logic_table,
     "bfe": extract_bits,
+    "bfi": insert_bits,
     "shf": funnel_shift,
     **dict.fromkeys(("popc", "clz", "brev"), count_bits),
     "testp": test_number,

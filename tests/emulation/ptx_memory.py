@@ -1,6 +1,10 @@
 """The memories of the simulated GPU: global memory with red zones, shared memory, copies that are under way."""
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from tests.emulation.ptx_parse import PTXError
 
@@ -45,6 +49,42 @@ class DeviceMemory:
         if not inside.all() or not self.allowed[index].all():
             raise PTXError(f"global {what} out of bounds")
         return index
+
+
+class HostMemory(DeviceMemory):
+    """Its buffers are found at the addresses that they have in this process, as launchers in C++ pass them."""
+
+    def __init__(self):
+        super().__init__()
+        self.windows: list[tuple[int, int, int]] = []  # address in this process, bytes, address on the device
+
+    def add(self, array: np.ndarray, allowed: np.ndarray | None = None) -> int:
+        host = array.ctypes.data
+        self.windows.append((host, array.nbytes, super().add(array, allowed)))
+        return host
+
+    def at(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
+        translated = np.zeros_like(addresses)  # of what lies in no window
+        for host, length, device in self.windows:
+            inside = (addresses >= host) & (addresses < host + length)
+            translated[inside] = addresses[inside] - host + device
+        return super().at(translated, size, what)
+
+
+def place(tensors: Sequence[Tensor], memory: DeviceMemory) -> dict[int, int]:
+    """Address of every storage in ``memory``; only the elements that a tensor holds may be touched."""
+    storages, allowed = {}, {}
+    for t in tensors:
+        key = t.untyped_storage().data_ptr()
+        if key not in storages:
+            storages[key] = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+            allowed[key] = torch.zeros_like(storages[key], dtype=torch.bool)
+        # A tensor of booleans that lies on the bytes as ``t`` does on its elements.
+        size = t.element_size()
+        strides = [size * stride for stride in t.stride()]
+        held = allowed[key].as_strided((*t.shape, size), (*strides, 1), t.storage_offset() * size)
+        held.fill_(True)
+    return {key: memory.add(storage.numpy(), allowed[key].numpy()) for key, storage in storages.items()}
 
 
 class SharedMemory:

@@ -49,7 +49,17 @@ class Machine:
         self.parameters = {name: value for (_, name, _), value in zip(kernel.parameters, arguments, strict=True)}
         self.symbols = {name: memory.add(values) for name, values in kernel.constants.items()}
         self.symbols |= kernel.shared | kernel.local
+        self._place_structures()
         self.steps = 0
+
+    def _place_structures(self) -> None:
+        """Structures have an address in the space of the parameters, too: arrays in them are read by index."""
+        parts: list[bytes] = []
+        for name, value in self.parameters.items():
+            if isinstance(value, bytes):
+                self.symbols[name] = 16 * len(parts)
+                parts += [value[k : k + 16].ljust(16, b"\0") for k in range(0, len(value), 16)]
+        self.structures = np.frombuffer(b"".join(parts), np.uint8)
 
     def run(self) -> None:
         x, y, z = self.grid
@@ -209,6 +219,8 @@ def _as(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _load_parameter(m: Machine, i: Instruction) -> None:
     name, _, offset = i.operands[1].strip("[] ").partition("+")
+    if name in m.kernel.registers:
+        return _load_of_structure(m, i)
     value, at = m.parameters[name], int(offset or 0)
     for k, target in enumerate(vector(i.operands[0])):
         dtype = np.dtype(TYPES[i.type])
@@ -217,6 +229,17 @@ def _load_parameter(m: Machine, i: Instruction) -> None:
         else:
             number = np.asarray(value).astype(f"u{np.asarray(value).dtype.itemsize}").astype(f"u{dtype.itemsize}")
         m.write(target, np.full(m.threads, number).view(dtype))
+
+
+def _load_of_structure(m: Machine, i: Instruction) -> None:
+    names, dtype = vector(i.operands[0]), np.dtype(TYPES[i.type])
+    addresses = m.address(i.operands[1])
+    size = dtype.itemsize * len(names)
+    if (addresses % size).any() or (addresses < 0).any() or (addresses + size > len(m.structures)).any():
+        raise PTXError("a parameter read out of bounds or misaligned")
+    for k, name in enumerate(names):
+        at = addresses[:, None] + k * dtype.itemsize + np.arange(dtype.itemsize)
+        m.write(name, m.spread(m.structures[at].view(dtype)[:, 0]))
 
 
 def _load_store(m: Machine, i: Instruction) -> None:

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from tests.emulation.aot import LIMITS
-from tests.emulation.ptx_memory import DeviceMemory
+from tests.emulation.ptx_memory import DeviceMemory, place
 from tests.emulation.ptx_parse import TYPES, PTXError, parse
 from tests.emulation.ptx_sim import Machine
 
@@ -128,7 +128,7 @@ def _launch(compiled: Any, grid: tuple[int, int, int], arguments: Sequence[Any],
     memory = DeviceMemory()
     kinds = [compiled.src.signature[name] for name in compiled.src.signature]
     tensors = [a for a in arguments if isinstance(a, Tensor) and a.numel()]
-    bases = _place(tensors, memory)
+    bases = place(tensors, memory)
     values: list[Any] = []
     for argument, kind in zip(arguments, kinds, strict=True):
         if kind == "constexpr":
@@ -147,22 +147,6 @@ def _launch(compiled: Any, grid: tuple[int, int, int], arguments: Sequence[Any],
     machine.run()
     memory.write_back()
     settings.launches.append(Launch(compiled.name, grid, shared, machine.steps, ptx))
-
-
-def _place(tensors: Sequence[Tensor], memory: DeviceMemory) -> dict[int, int]:
-    """Address of every storage in ``memory``; only the elements that a tensor argument holds may be touched."""
-    storages, allowed = {}, {}
-    for t in tensors:
-        key = t.untyped_storage().data_ptr()
-        if key not in storages:
-            storages[key] = torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
-            allowed[key] = torch.zeros_like(storages[key], dtype=torch.bool)
-        # A tensor of booleans that lies on the bytes as ``t`` does on its elements.
-        size = t.element_size()
-        strides = [size * stride for stride in t.stride()]
-        held = allowed[key].as_strided((*t.shape, size), (*strides, 1), t.storage_offset() * size)
-        held.fill_(True)
-    return {key: memory.add(storage.numpy(), allowed[key].numpy()) for key, storage in storages.items()}
 
 
 def _scalar(value: Any, kind: str) -> np.generic:
