@@ -79,13 +79,13 @@ class Machine:
         self.counter = np.zeros(self.threads, np.int64)
         self.done = np.zeros(self.threads, bool)
         self.waiting = np.zeros(self.threads, bool)  # at a barrier of the block
-        self.gathering = np.zeros(self.threads, bool)  # at a wgmma that takes the whole warpgroup
+        self.gathering = np.zeros(self.threads, bool)  # at an instruction that takes a whole warp or warpgroup
         while not self.done.all():
             runnable = ~(self.done | self.waiting | self.gathering)
             if runnable.any():
                 self.step(self._turn(runnable))
             elif self.gathering.any():
-                raise PTXError("wgmma reached by a part of its warpgroup")
+                raise PTXError("a part of the threads that an instruction takes together never reaches it")
             else:
                 self._open_barrier()
 
@@ -121,7 +121,7 @@ class Machine:
         elif i.name in ("ret", "exit"):
             self.done |= active
         elif len(self.index):
-            if i.name == "wgmma" and i.mods[0] != "fence" and not self._gathered(at):
+            if (size := _gathers(i)) and not self._gathered(at, size):
                 return
             handler = HANDLERS.get(i.name)
             try:
@@ -132,16 +132,14 @@ class Machine:
                 message = f"{error if isinstance(error, PTXError) else repr(error)} at `{i.text}` in block {self.at}"
                 raise PTXError(message) from error
 
-    def _gathered(self, at: int) -> bool:
-        """Whether all warps of the warpgroup have come to the instruction ``at``; else the ones here stop and wait."""
-        group = np.isin(self.thread // 128, np.unique(self.index // 128))
-        here = self.mask | (self.gathering & (self.counter == at + 1) & group)
-        if (here == group).all():
-            self.gathering &= ~group
-            self.mask, self.index = group, np.flatnonzero(group)
-            return True
-        self.gathering |= self.mask
-        return False
+    def _gathered(self, at: int, size: int) -> bool:
+        """Leaves active the groups of ``size`` threads that have all come to the instruction ``at``; the others wait."""
+        here = self.mask | (self.gathering & (self.counter == at + 1))
+        group = self.thread // size
+        ready = here & (np.bincount(group, ~here) == 0)[group]
+        self.gathering = (self.gathering | self.mask) & ~ready
+        self.mask, self.index = ready, np.flatnonzero(ready)
+        return bool(len(self.index))
 
     # Operands
 
@@ -202,6 +200,14 @@ class Machine:
         base, _, offset = operand.strip("[] ").partition("+")
         kind = "u64" if self.kernel.registers.get(base.strip(), "b64")[1:] == "64" else "u32"
         return self.read(base.strip(), kind).astype(np.int64)[self.index] + (int(offset, 0) if offset else 0)
+
+
+def _gathers(i: Instruction) -> int:
+    """How many threads an instruction waits for: a warpgroup, a warp that exchanges values, or 0."""
+    if i.name == "wgmma" and i.mods[0] != "fence":
+        return 128
+    whole_warp = i.name in ("shfl", "vote", "redux") and i.guard is None and i.operands[-1] in ("-1", "0xffffffff")
+    return 32 if whole_warp else 0
 
 
 def _as(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

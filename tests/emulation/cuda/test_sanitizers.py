@@ -13,14 +13,19 @@ from tests.emulation.cuda.library import skip_unless_possible
 HERE = Path(__file__).parent
 
 
+def compiler_file(name: str) -> str:
+    return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+
 def run(code: list[str]) -> subprocess.CompletedProcess:
     skip_unless_possible()
-    where = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(where):
+    # Without the second, exceptions of libraries that are loaded later end in the sanitizer instead of where they are caught.
+    found = [compiler_file(name) for name in ("libasan.so", "libstdc++.so.6")]
+    if not all(os.path.isabs(path) for path in found):
         pytest.skip("libasan is not installed")
     environment = os.environ | {
         "SLIMKERNELS_EMULATION": "asan",
-        "LD_PRELOAD": where,
+        "LD_PRELOAD": " ".join(found),
         "ASAN_OPTIONS": "detect_leaks=0,detect_stack_use_after_return=0,alloc_dealloc_mismatch=0",
         "OMP_NUM_THREADS": "1",
     }
@@ -28,7 +33,7 @@ def run(code: list[str]) -> subprocess.CompletedProcess:
 
 
 def run_tests(*arguments: str) -> None:
-    done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments])
+    done = run(["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments])
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert " passed" in done.stdout
 
