@@ -1,6 +1,7 @@
 """The depthwise case of ``slim_conv`` in CUDA C++: forward, and the gradients of ``x`` and the weight."""
 
 from collections.abc import Sequence
+from types import NotImplementedType
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def takes(x: Tensor, weight: Tensor, groups: int) -> bool:
     )
 
 
-def forward(
+def slim_conv(
     x: Tensor,  # (B, c, *spatial)
     weight: Tensor,  # (N, 1, *kernel), read through its strides
     bias: Tensor | None,
@@ -36,10 +37,13 @@ def forward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     activation: str,
     residual: Tensor | None,
-) -> Tensor:
-    """As ``reference.slim_conv`` with ``groups`` the channels of ``x``."""
+) -> Tensor | NotImplementedType:
+    """As the reference of this name; NotImplemented where the kernels do not take the convolution."""
+    if not takes(x, weight, groups):
+        return NotImplemented
     memory_format = conv_memory_format(x, weight)
     size = [
         (s + 2 * p - d * (k - 1) - 1) // step + 1
@@ -60,18 +64,21 @@ def forward(
     return y
 
 
-def backward(
+def slim_conv_backward(
     dy: Tensor,  # (B, n, *spatial)
     x: Tensor,  # (B, c, *spatial)
     weight: Tensor,  # (N, 1, *kernel)
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    groups: int,
     need_dx: bool,
     need_dw: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.slim_conv_backward``; sums run in a fixed order."""
+) -> tuple[Tensor, Tensor, Tensor] | NotImplementedType:
+    """As the reference of this name, sums in a fixed order; NotImplemented where the kernels do not take it."""
+    if not takes(x, weight, groups):
+        return NotImplemented
     memory_format = conv_memory_format(x, weight)
     geometry = _geometry(stride, padding, dilation)
     dy = dy.contiguous(memory_format=memory_format)

@@ -1,13 +1,13 @@
 """What every op file uses: the library handle, registration, autocast and argument checks."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimkernels.triton_kernels import reason_missing
+from slimkernels import cuda_kernels, triton_kernels
 
 LIBRARY = torch.library.Library("slimkernels", "DEF")
 
@@ -70,19 +70,30 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     LIBRARY.impl(name, choose, "Autograd", with_keyset=True)
 
 
-def on_gpu(name: str, stem: str) -> None:
-    """Make the function ``name`` of ``triton_kernels/<stem>.py`` the kernel of the op ``name`` for CUDA tensors.
+def on_gpu(name: str, *modules: str) -> None:
+    """Make the functions ``name`` of ``slimkernels.<module>`` the kernels of the op ``name`` for CUDA tensors.
 
-    The module, and Triton with it, is imported at the first call; where Triton cannot be used that call takes the function
-    of the same name in ``reference/<stem>.py``.
+    They are imported at the first call. Each is asked in turn, where its package can be used, and returns NotImplemented
+    for what another one runs; last comes the function of the same name in ``reference``, in the last module's file.
     """
     loaded: list[Callable] = []
 
+    def load() -> Iterator[Callable]:
+        usable = {"triton_kernels": triton_kernels, "cuda_kernels": cuda_kernels}
+        stem = modules[-1].rpartition(".")[2]
+        for module in modules:
+            if not usable[module.partition(".")[0]].reason_missing():
+                yield getattr(importlib.import_module(f"slimkernels.{module}"), name)
+        yield getattr(importlib.import_module(f"slimkernels.reference.{stem}"), name)
+
     def run(*args):
         if not loaded:
-            package = "reference" if reason_missing() else "triton_kernels"
-            loaded.append(getattr(importlib.import_module(f"slimkernels.{package}.{stem}"), name))
-        return loaded[0](*args)
+            loaded.extend(load())
+        for kernel in loaded:
+            result = kernel(*args)
+            if result is not NotImplemented:
+                return result
+        raise AssertionError(name)
 
     LIBRARY.impl(name, run, "CUDA")
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from slimkernels.ops._common import (
     FLOAT_DTYPES,
-    LIBRARY,
     autocast_dtype,
     autograd,
     check_activation,
@@ -17,6 +16,7 @@ from slimkernels.ops._common import (
     check_shape,
     define,
     grad_needed,
+    on_gpu,
 )
 from slimkernels.reference import inr_weights as reference
 from slimkernels.reference.inr_weights import AXES, LAYOUTS, InrParameters
@@ -359,18 +359,5 @@ define(
     default=reference.inr_weights_backward,
 )
 autograd("inr_weights", _backward, _setup_context)
-
-
-def _on_cuda(name: str) -> None:
-    """The function ``name`` of cuda_kernels/inr_weights.py, imported at the first call, for CUDA tensors."""
-
-    def run(*args):
-        from slimkernels.cuda_kernels import inr_weights as kernels
-
-        return getattr(kernels, name)(*args)
-
-    LIBRARY.impl(name, run, "CUDA")
-
-
-_on_cuda("inr_weights")
-_on_cuda("inr_weights_backward")
+on_gpu("inr_weights", "cuda_kernels.inr_weights")
+on_gpu("inr_weights_backward", "cuda_kernels.inr_weights")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimkernels.ops._common import FLOAT_DTYPES, LIBRARY, define
+from slimkernels.ops._common import FLOAT_DTYPES, define, on_gpu
 from slimkernels.reference import slice_accumulate as reference
 
 
@@ -50,15 +50,9 @@ def _fake(targets, sources):
     return None
 
 
-def _cuda(targets, sources):
-    from slimkernels.cuda_kernels import slice_accumulate
-
-    return slice_accumulate.slice_accumulate_(targets, sources)
-
-
 define(
     "slice_accumulate_(Tensor(a!)[] targets, Tensor[] sources) -> ()",
     fake=_fake,
     default=reference.slice_accumulate_,
 )
-LIBRARY.impl("slice_accumulate_", _cuda, "CUDA")
+on_gpu("slice_accumulate_", "cuda_kernels.slice_accumulate")

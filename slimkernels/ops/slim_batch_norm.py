@@ -193,5 +193,5 @@ define(
     default=_backward_slice,
 )
 autograd("slim_batch_norm", _backward, _setup_context)
-on_gpu("slim_batch_norm", "slim_batch_norm")
-on_gpu("slim_batch_norm_backward", "slim_batch_norm")
+on_gpu("slim_batch_norm", "triton_kernels.slim_batch_norm")
+on_gpu("slim_batch_norm_backward", "triton_kernels.slim_batch_norm")

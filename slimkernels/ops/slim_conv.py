@@ -278,5 +278,5 @@ define(
     default=_backward_slice,
 )
 autograd("slim_conv", _backward, _setup_context)
-on_gpu("slim_conv", "slim_conv")
-on_gpu("slim_conv_backward", "slim_conv")
+on_gpu("slim_conv", "cuda_kernels.slim_conv_depthwise", "triton_kernels.slim_conv")
+on_gpu("slim_conv_backward", "cuda_kernels.slim_conv_depthwise", "triton_kernels.slim_conv")

@@ -142,5 +142,5 @@ define(
     default=reference.slim_conv_transpose_backward,
 )
 autograd("slim_conv_transpose", _backward, _setup_context)
-on_gpu("slim_conv_transpose", "slim_conv_transpose")
-on_gpu("slim_conv_transpose_backward", "slim_conv_transpose")
+on_gpu("slim_conv_transpose", "triton_kernels.slim_conv_transpose")
+on_gpu("slim_conv_transpose_backward", "triton_kernels.slim_conv_transpose")

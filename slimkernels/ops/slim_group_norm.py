@@ -119,5 +119,5 @@ define(
     default=reference.slim_group_norm_backward,
 )
 autograd("slim_group_norm", _backward, _setup_context)
-on_gpu("slim_group_norm", "slim_group_norm")
-on_gpu("slim_group_norm_backward", "slim_group_norm")
+on_gpu("slim_group_norm", "triton_kernels.slim_group_norm")
+on_gpu("slim_group_norm_backward", "triton_kernels.slim_group_norm")

@@ -97,5 +97,5 @@ define(
     default=reference.slim_layer_norm_backward,
 )
 autograd("slim_layer_norm", _backward, _setup_context)
-on_gpu("slim_layer_norm", "slim_layer_norm")
-on_gpu("slim_layer_norm_backward", "slim_layer_norm")
+on_gpu("slim_layer_norm", "triton_kernels.slim_layer_norm")
+on_gpu("slim_layer_norm_backward", "triton_kernels.slim_layer_norm")

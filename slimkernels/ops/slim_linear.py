@@ -136,5 +136,5 @@ define(
     default=reference.slim_linear_backward,
 )
 autograd("slim_linear", _backward, _setup_context)
-on_gpu("slim_linear", "slim_linear")
-on_gpu("slim_linear_backward", "slim_linear")
+on_gpu("slim_linear", "triton_kernels.slim_linear")
+on_gpu("slim_linear_backward", "triton_kernels.slim_linear")

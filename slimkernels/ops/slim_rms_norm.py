@@ -87,5 +87,5 @@ define(
     default=reference.slim_rms_norm_backward,
 )
 autograd("slim_rms_norm", _backward, _setup_context)
-on_gpu("slim_rms_norm", "slim_rms_norm")
-on_gpu("slim_rms_norm_backward", "slim_rms_norm")
+on_gpu("slim_rms_norm", "triton_kernels.slim_rms_norm")
+on_gpu("slim_rms_norm_backward", "triton_kernels.slim_rms_norm")

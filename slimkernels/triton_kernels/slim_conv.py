@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slimkernels.cuda_kernels import slim_conv_depthwise
 from slimkernels.reference import slim_conv as reference
 from slimkernels.triton_kernels._conv import (
     as_2d,
@@ -18,7 +17,7 @@ from slimkernels.triton_kernels._conv import (
 
 
 def depthwise(channels: int, out_channels: int, groups: int) -> bool:
-    """One channel a group: no matrix product. Where our CUDA C++ does not take it PyTorch's kernels do."""
+    """One channel a group: no matrix product. Where the CUDA C++ kernels are not used PyTorch's are."""
     return groups > 1 and channels == groups == out_channels
 
 
@@ -34,11 +33,7 @@ def slim_conv(
     activation: str,
     residual: Tensor | None,  # the output's shape
 ) -> Tensor:  # (B, out_channels, *spatial)
-    """Launcher of the forward kernel; depthwise is CUDA C++; 3d, float64 and what is empty compose ATen."""
-    if slim_conv_depthwise.takes(x, weight, groups):
-        return slim_conv_depthwise.forward(
-            x, weight, bias, out_channels, stride, padding, dilation, activation, residual
-        )
+    """Launcher of the forward kernel; depthwise, 3d, float64 and what is empty compose ATen."""
     size = [
         (s + 2 * p - d * (k - 1) - 1) // step + 1
         for s, k, step, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -75,8 +70,6 @@ def slim_conv_backward(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # shapes of x, weight, (N,); an empty tensor where not needed
     """Launcher of the gradients; those of weight and bias have the full size, with zeros outside the slice."""
-    if slim_conv_depthwise.takes(x, weight, groups):
-        return slim_conv_depthwise.backward(dy, x, weight, stride, padding, dilation, need_dx, need_dw, need_db)
     n, c = dy.shape[1], x.shape[1] // groups
     if not takes(x, dy) or depthwise(x.shape[1], n, groups):
         return reference.slim_conv_backward(dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db)

@@ -118,7 +118,7 @@ def test_the_trace_finds_copies_and_waits():
     assert (trace.copies, trace.waits) == (["clone", "copy_"], ["_local_scalar_dense"])
 
 
-def test_without_triton_the_launchers_are_the_references():
+def test_without_triton_the_references_run_and_the_cuda_kernels_still_do():
     code = """
 import importlib.util, sys
 find = importlib.util.find_spec
@@ -130,10 +130,25 @@ assert "Triton is not installed" in triton_kernels.reason_missing()
 assert "Triton is not installed" in _info.collect()["GPU"]["Triton kernels"]
 calls = []
 _common.LIBRARY.impl = lambda name, run, key: calls.append(run)
-_common.on_gpu("slim_linear", "slim_linear")
+_common.on_gpu("slim_linear", "triton_kernels.slim_linear")
 x, weight = torch.randn(3, 4), torch.randn(6, 5)
 y = calls[0](x, weight, None, 2, 1, 1, "relu", None)
 assert torch.equal(y, torch.relu(x @ weight[:2, :4].t()))
+_common.on_gpu("slim_conv", "cuda_kernels.slim_conv_depthwise", "triton_kernels.slim_conv")
+from slimkernels import cuda_kernels
+from slimkernels.cuda_kernels import slim_conv_depthwise
+cuda_kernels.reason_missing = lambda: ""
+slim_conv_depthwise.available = lambda: True
+class Operators:
+    def depthwise_forward(self, x, weight, bias, residual, y, geometry, activation):
+        y.fill_(7)
+slim_conv_depthwise.operators = Operators
+x, weight = torch.randn(2, 4, 5, 5), torch.randn(6, 1, 3, 3)
+depthwise = calls[1](x, weight, None, 4, [1, 1], [1, 1], [1, 1], 4, "none", None)
+assert (depthwise == 7).all()  # the CUDA C++ kernel: it needs no Triton
+dense = calls[1](x, torch.randn(6, 5, 3, 3), None, 3, [1, 1], [1, 1], [1, 1], 1, "none", None)
+assert dense.shape == (2, 3, 5, 5)
+assert not (dense == 7).any()
 assert "triton" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

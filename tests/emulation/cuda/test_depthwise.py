@@ -128,15 +128,14 @@ def test_depthwise_through_the_launchers_that_slim_conv_calls(monkeypatch, spati
     x, weight, bias = torch.randn(2, 5, *[9, 8][:spatial]), torch.randn(14, 1, *[3, 2][:spatial]), torch.randn(14)
     if channels_last and spatial == 2:
         x = x.contiguous(memory_format=torch.channels_last)
-    assert cuda_launchers.takes(x, weight, 5)
     geometry = [2, 1][:spatial], [1, 0][:spatial], [1, 2][:spatial]
     expected = reference.slim_conv(x, weight, bias, 10, *geometry, 5, "none", None)
     residual = torch.randn(expected.shape)
     expected = torch.relu(expected + residual)
-    y = cuda_launchers.forward(x, weight, bias, 10, *geometry, "relu", residual)
+    y = cuda_launchers.slim_conv(x, weight, bias, 10, *geometry, 5, "relu", residual)
     assert y.stride() == reference.slim_conv(x, weight, bias, 10, *geometry, 5, "none", None).stride()
     assert error(y, expected) < 1e-6
-    gradients = cuda_launchers.backward(residual, x, weight, *geometry, True, True, True)
+    gradients = cuda_launchers.slim_conv_backward(residual, x, weight, *geometry, 5, True, True, True)
     wanted = reference.slim_conv_backward(residual, x, weight, *geometry, 5, True, True, True)
     for ours, theirs in zip(gradients, wanted, strict=True):
         assert error(ours, theirs) < 1e-6
