@@ -13,8 +13,8 @@ from slimkernels.elastic.trace import as_call
 from slimkernels.hyper.networks import InrNetworks, auto_bands
 from slimkernels.hyper.permutation import permutation_of
 from slimkernels.hyper.state import changed, difference, fingerprint
-from slimkernels.hyper.targets import Target, Tile, _fits, find
-from slimkernels.ops.inr_weights import NOISE
+from slimkernels.hyper.targets import Tile, _fits, check_blocks, find
+from slimkernels.ops.inr_weights import COMPAT, NOISE
 
 _FORMAT = "slimkernels.hyper/1"
 
@@ -46,6 +46,9 @@ class WeightGenerator(nn.Module):
             activations, at every width: training from scratch needs it where no batch norm follows.
         mlp: a network for each tensor ("per_tensor") or one for all ("shared").
         noise: "axis" or "element" shifts coordinates at random in training mode, and for the mean over samples; "none".
+        compat: "neumeta" or "htty": order of the encoding's columns and limit of the noise, for published weights
+            (``load_published``).
+        norm: divides the coordinates that say how large the network is; None: the largest of them.
         tile: (output, input) channels that one coordinate emits together, for matrices and 1x1 convolutions; or a dict
             of them by tensor name or glob, for any tensor.
         blocks: modules whose tensors get networks of their own parameters, to be trained one after another.
@@ -69,6 +72,8 @@ class WeightGenerator(nn.Module):
         base: str | None = "residual",
         mlp: str = "per_tensor",
         noise: str = "axis",
+        compat: str = "neumeta",
+        norm: float | None = None,
         tile: Tile | Mapping[str, Tile] | None = None,
         blocks: Sequence[str] | None = None,
         example_inputs: Any = None,
@@ -78,6 +83,7 @@ class WeightGenerator(nn.Module):
         _check("base", base, ("residual", None))
         _check("mlp", mlp, ("per_tensor", "shared"))
         _check("noise", noise, NOISE)
+        _check("compat", compat, COMPAT)
         for name, value, least in (("hidden", hidden, 1), ("layers", layers, 2)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(
@@ -89,22 +95,26 @@ class WeightGenerator(nn.Module):
             isinstance(size_bands, bool) or not isinstance(size_bands, int) or size_bands < 0
         ):
             raise ValueError(f"WeightGenerator: expected size_bands to be an integer or None, got {size_bands!r}")
+        if norm is not None and not norm > 0:
+            raise ValueError(f"WeightGenerator: expected norm to be positive or None, got {norm!r}")
         if standardized and base is not None:
             raise ValueError(f"WeightGenerator: expected standardized weights without base only, got base={base!r}")
-        self.base, self.noise, self.standardized = base, noise, standardized
+        self.base, self.noise, self.standardized, self.compat = base, noise, standardized, compat
         self.target = _elastic(target, example_inputs, convert)
         plan = elastic.plan(self.target)
         self.targets = find(self.target, plan, tensors, tile)
         self.target.requires_grad_(
             False
         ).train()  # like the generator: batch norms of a pre-trained net were in eval mode
-        self.blocks = _check_blocks(blocks, self.targets)
+        self.blocks = check_blocks(blocks, self.targets)
         full = plan.units("WeightGenerator", 1.0)
         sizes = [size for t in self.targets for size in t.active(full)]
         count = auto_bands(self.targets, full) if isinstance(bands, str) else bands
+        self.norm = float(max(len(self.targets), *sizes) if norm is None else norm)
         options: dict[str, Any] = {
             "total": len(self.targets),
-            "norm": float(max(len(self.targets), *sizes)),
+            "norm": self.norm,
+            "compat": compat,
             "hidden": hidden,
             "layers": layers,
             "bands": count,
@@ -310,6 +320,8 @@ class WeightGenerator(nn.Module):
         return {
             "format": _FORMAT,
             "base": self.base or "none",
+            "compat": self.compat,
+            "norm": self.norm,
             "tensors": [[t.name, *t.shape] for t in self.targets],
             "tiles": [list(t.tile) for t in self.targets],
             "groups": {group.name: group.units for group in plan.groups.values()},
@@ -328,9 +340,10 @@ class WeightGenerator(nn.Module):
                 raise ValueError(
                     f"WeightGenerator: the state is of another target: expected {what} {difference(ours[key], state[key])}"
                 )
-        for key in ("base", "tiles"):
-            if state[key] != ours[key]:
-                raise ValueError(f"WeightGenerator: expected a state with {key} {ours[key]}, got {state[key]}")
+        for key in ("base", "tiles", "compat", "norm"):
+            theirs = state.get(key, ours[key])  # the last two came later
+            if theirs != ours[key]:
+                raise ValueError(f"WeightGenerator: expected a state with {key} {ours[key]}, got {theirs}")
         if ours["weights"] is not None and state.get("weights") is not None:
             name = changed(ours["weights"], state["weights"], [t.name for t in self.targets])
             if name is not None:
@@ -370,25 +383,3 @@ def _elastic(target: nn.Module, example_inputs: Any, options: Mapping[str, Any] 
             f" {type(target).__name__} with, got neither"
         )
     return elastic.convert(target, example_inputs, **(options or {}))
-
-
-def _check_blocks(blocks: Sequence[str] | None, targets: list[Target]) -> list[str]:
-    if blocks is None:
-        return []
-    owners: dict[str, str] = {}
-    for block in blocks:
-        members = [t.name for t in targets if _fits(t.name, block)]
-        if not members:
-            raise ValueError(
-                f"WeightGenerator: expected blocks that hold generated tensors, got {block!r}, which has none"
-            )
-        for name in members:
-            if name in owners:
-                raise ValueError(
-                    f"WeightGenerator: expected blocks apart, got {name!r} in {owners[name]!r} and {block!r}"
-                )
-            owners[name] = block
-    missing = [t.name for t in targets if t.name not in owners]
-    if missing:
-        raise ValueError(f"WeightGenerator: expected every generated tensor in a block, got {missing[0]!r} in none")
-    return list(blocks)

@@ -19,6 +19,7 @@ class InrNetworks(nn.Module):
     Args:
         first, total: the place of the first tensor among all that the generator makes, and their number.
         norm: divides the coordinates that say how large the network is.
+        compat: as in ``ops.inr_weights``.
         size_bands: frequencies of the active sizes; with more than a few, the weights at a width that was never trained
             have nothing to do with those at its neighbours. Coordinates that are the same for all that a network makes
             get none then: noise on them would move all its weights together. None: all coordinates get all bands.
@@ -35,6 +36,7 @@ class InrNetworks(nn.Module):
         first: int,
         total: int,
         norm: float,
+        compat: str,
         hidden: int,
         layers: int,
         bands: int,
@@ -47,13 +49,13 @@ class InrNetworks(nn.Module):
         standardized: bool,
     ) -> None:
         super().__init__()
-        self.targets, self.norm, self.activation = tuple(targets), norm, activation
+        self.targets, self.norm, self.activation, self.compat = tuple(targets), norm, activation, compat
         self.tensors: list[InrTensor] = [
             t.inr(first + i, total, 0 if shared else i) for i, t in enumerate(self.targets)
         ]
         count, depth, encoding = 1 if shared else len(targets), layers - 1, 6 + 12 * bands
         groups = [self.targets] if shared else [(target,) for target in self.targets]
-        used = torch.stack([_used_columns(group, bands, size_bands) for group in groups])[:, None]  # (P, 1, E)
+        used = torch.stack([_used_columns(group, bands, size_bands, compat) for group in groups])[:, None]  # (P, 1, E)
         self.register_buffer("used", None if used.all() else used, persistent=False)
         self.w_in = nn.Parameter(_uniform(encoding, count, hidden, encoding) * used)
         self.b_in = nn.Parameter(_uniform(encoding, count, hidden))
@@ -92,6 +94,7 @@ class InrNetworks(nn.Module):
             base=base,
             scale=self.scale,
             activation=self.activation,
+            compat=self.compat,
             noise=noise,
             seed=seed,
             samples=samples,
@@ -154,7 +157,7 @@ def _standardized(w: Tensor, channel: int) -> Tensor:
     return centered * (inverse * math.sqrt(2 * w.shape[channel] / w.numel()))
 
 
-def _used_columns(targets: Sequence[Target], bands: int, size_bands: int | None) -> Tensor:
+def _used_columns(targets: Sequence[Target], bands: int, size_bands: int | None, compat: str) -> Tensor:
     """1 for the columns of the encoding that a network uses that makes ``targets``, else 0."""
     used = torch.ones(AXES + 2 * AXES * bands)
     if size_bands is None:
@@ -164,7 +167,7 @@ def _used_columns(targets: Sequence[Target], bands: int, size_bands: int | None)
         outputs, inputs = targets[0].positions()
         kept |= {0: 0} | ({1: 0} if outputs == 1 else {}) | ({2: 0} if inputs == 1 else {})
     for axis, count in kept.items():
-        used[axis_columns(axis, bands, "neumeta")[1 + 2 * count :]] = 0
+        used[axis_columns(axis, bands, compat)[1 + 2 * count :]] = 0
     return used
 
 

@@ -139,6 +139,28 @@ def _fits(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(pattern + ".") or fnmatchcase(name, pattern)
 
 
+def check_blocks(blocks: Sequence[str] | None, targets: list[Target]) -> list[str]:
+    if blocks is None:
+        return []
+    owners: dict[str, str] = {}
+    for block in blocks:
+        members = [t.name for t in targets if _fits(t.name, block)]
+        if not members:
+            raise ValueError(
+                f"WeightGenerator: expected blocks that hold generated tensors, got {block!r}, which has none"
+            )
+        for name in members:
+            if name in owners:
+                raise ValueError(
+                    f"WeightGenerator: expected blocks apart, got {name!r} in {owners[name]!r} and {block!r}"
+                )
+            owners[name] = block
+    missing = [t.name for t in targets if t.name not in owners]
+    if missing:
+        raise ValueError(f"WeightGenerator: expected every generated tensor in a block, got {missing[0]!r} in none")
+    return list(blocks)
+
+
 def _all(model: nn.Module, plan: Plan, tile: Tile | Mapping[str, Tile] | None) -> list[Target]:
     found = []
     seen: set[int] = set()
