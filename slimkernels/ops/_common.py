@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimkernels import cuda_kernels, triton_kernels
+from slimkernels.cuda_kernels import reason_missing as cuda_missing
+from slimkernels.triton_kernels import reason_missing as triton_missing
 
 LIBRARY = torch.library.Library("slimkernels", "DEF")
 
@@ -16,6 +17,10 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "elu", "relu6", "hardswish", "tanh", "sigmoid")
 # Those whose derivative can be computed from their output; the others need their input in backward.
 OUTPUT_ACTIVATIONS = ("none", "relu", "elu", "relu6", "tanh", "sigmoid")
+
+
+# Of the packages of GPU kernels: why one cannot be used here, or "".
+REASON_MISSING = {"triton_kernels": triton_missing, "cuda_kernels": cuda_missing}
 
 
 def define(schema: str, *, fake: Callable, default: Callable) -> None:
@@ -79,10 +84,9 @@ def on_gpu(name: str, *modules: str) -> None:
     loaded: list[Callable] = []
 
     def load() -> Iterator[Callable]:
-        usable = {"triton_kernels": triton_kernels, "cuda_kernels": cuda_kernels}
         stem = modules[-1].rpartition(".")[2]
         for module in modules:
-            if not usable[module.partition(".")[0]].reason_missing():
+            if not REASON_MISSING[module.partition(".")[0]]():
                 yield getattr(importlib.import_module(f"slimkernels.{module}"), name)
         yield getattr(importlib.import_module(f"slimkernels.reference.{stem}"), name)
 

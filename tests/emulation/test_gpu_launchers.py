@@ -135,9 +135,8 @@ x, weight = torch.randn(3, 4), torch.randn(6, 5)
 y = calls[0](x, weight, None, 2, 1, 1, "relu", None)
 assert torch.equal(y, torch.relu(x @ weight[:2, :4].t()))
 _common.on_gpu("slim_conv", "cuda_kernels.slim_conv_depthwise", "triton_kernels.slim_conv")
-from slimkernels import cuda_kernels
 from slimkernels.cuda_kernels import slim_conv_depthwise
-cuda_kernels.reason_missing = lambda: ""
+_common.REASON_MISSING["cuda_kernels"] = lambda: ""
 slim_conv_depthwise.available = lambda: True
 class Operators:
     def depthwise_forward(self, x, weight, bias, residual, y, geometry, activation):
