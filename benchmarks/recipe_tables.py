@@ -8,6 +8,7 @@ import csv
 import sys
 from pathlib import Path
 
+from slimkernels.recipes.enhance_results import by_width, mean_of
 from slimkernels.recipes.separate_results import WAYS, spread, summary, times
 
 FOLDER = Path(__file__).parent
@@ -52,18 +53,21 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def speech_markdown(rows: list[dict[str, str]]) -> str:
-    first = rows[0]
+    first, of_width = rows[0], by_width(rows)
+    seeds = len(next(iter(of_width.values())))
     heads = ["width", "parameters", "MACs a second", "SI-SDR before", "after", "ours, ms a step", "PyTorch, ms a step"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---:|" * len(heads)]
-    for row in rows:
-        cells = [row["width"], f"{int(row['parameters']):,}", f"{int(row['macs_per_second']) / 1e6:.0f} M"]
-        cells += [row["si_sdr_before"], f"**{row['si_sdr_after']}**"]
+    for width, of_seeds in of_width.items():
+        row = of_seeds[0]
+        cells = [width, f"{int(row['parameters']):,}", f"{int(row['macs_per_second']) / 1e6:.0f} M"]
+        cells += [mean_of(of_seeds, "si_sdr_before"), f"**{mean_of(of_seeds, 'si_sdr_after')}**"]
         cells += [f"{float(row[f'{provider}_step_p50_ms']):.3g}" for provider in ("slimkernels", "plain")]
         lines.append("| " + " | ".join(cells) + " |")
+    repeated = f"; mean and standard deviation of {seeds} seeds" if seeds > 1 else ", one seed"
     text = (
         f"{first['network']} on {first['data']}: {first['test_mixtures']} test mixtures of {float(first['test_seconds']):g} s"
         f" with an SI-SDR of {first['si_sdr_noisy']} dB before enhancement; {first['steps']} steps of {first['batch_size']} x"
-        f" {float(first['batch_seconds']):g} s, one seed. A step is one frame of 10 ms through the network; medians of one"
+        f" {float(first['batch_seconds']):g} s{repeated}. A step is one frame of 10 ms through the network; medians of one"
         f" interleaved run on one thread ({first['cpu']}, {first['isa']}, load average {first['load']}): our elastic model,"
         " and a network of torch's own layers built at that width, both computing the same."
     )

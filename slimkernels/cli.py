@@ -245,18 +245,18 @@ def enhance(
     batch_size: Annotated[int, typer.Option(min=1, help="Mixtures a step.")] = 8,
     lr: Annotated[float, typer.Option(min=0, help="Highest learning rate of the cosine schedule.")] = 1e-3,
     distill: Annotated[float, typer.Option(min=0, help="Weight of distillation from the published network.")] = 1.0,
-    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="So many repetitions with seeds 0, 1, ...")] = 1,
     threads: Threads = None,
 ) -> None:
     """Make the pre-trained speech enhancer NSNet2 slimmable on real speech, and compare widths in one table."""
     from slimkernels.recipes import enhance as recipe
 
-    settings = recipe.Settings(steps=steps, batch_size=batch_size, lr=lr, distill=distill, seed=seed)
+    settings = recipe.Settings(steps=steps, batch_size=batch_size, lr=lr, distill=distill, seeds=seeds)
 
     def run(settings: Any, out: Path, *, seed: int, **options: Any) -> None:
         recipe.run(out, settings, speech=speech, noise=noise, **options)
 
-    run_recipe(lambda: settings, out, resume, seed, threads, run)
+    run_recipe(lambda: settings, out, resume, 0, threads, run)
 
 
 @train_app.command()

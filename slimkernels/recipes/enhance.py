@@ -2,8 +2,8 @@
 
 import copy
 import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from slimkernels import elastic, train
 from slimkernels.models.nsnet2 import NSNet2, State, log_power
 from slimkernels.recipes import enhance_results, latency
 from slimkernels.recipes.audio_scores import require_torchmetrics, si_sdr, si_sdr_db
+from slimkernels.recipes.clock import Clocked
 from slimkernels.recipes.data import load_into
 from slimkernels.recipes.nsnet2_weights import nsnet2
 from slimkernels.recipes.pipeline import Stopped, cosine_schedule, folder_for, writing
@@ -47,7 +48,7 @@ class Settings:
     distill: float = 1.0  # weight of the distance to the gain of the network as published
     test_mixtures: int = 64
     test_seconds: float = 4.0
-    seed: int = 0
+    seeds: int = 1  # so many repetitions with seeds 0, 1, ...
 
 
 def spectrum_of(signal: Tensor) -> Tensor:  # (b, samples) -> complex (b, frames, bins)
@@ -167,52 +168,34 @@ def run(
     with console.status("reading speech and noises"):
         training, testing = load_sounds(speech, noise)
     out = folder_for(Path(out), resume, ("elastic.safetensors", "table.csv", "plot.png", "enhanced-*.wav"))
-    torch.manual_seed(settings.seed)
-
     noisy, clean = fixed_mixtures(testing, settings.test_mixtures, settings.test_seconds)
     test = [prepared(*pair, None) for pair in zip(noisy.split(16), clean.split(16), strict=True)]
     unprocessed = torch.cat([measured(torch.ones_like(x), targets) for x, targets in test]).mean().item()
-    loss = functools.partial(loss_fn, distill=settings.distill)
-    model = elastic.convert(
-        copy.deepcopy(teacher).requires_grad_(True),
-        test[0][0][:1, : SAMPLE_RATE // HOP],  # one second: what the MACs are counted for
-        widths=(min(widths), 1.0),
-        sort="taylor",
-        batches=SpectrumBatches(training, settings.batch_size, settings.seconds, 4, teacher),
-        loss_fn=loss,
-    )
-    console.print(elastic.report(model))
-    with console.status("SI-SDR of the sliced network, before training"):
-        before = scores(model, test, widths)
-    console.print(f"noisy: {unprocessed:.2f} dB; before training: {_line(before)}", highlight=False)
+    console.print(f"noisy: {unprocessed:.2f} dB", highlight=False)
 
-    started = time.perf_counter()
-    trainer = make_trainer(model, training, teacher, loss, settings, out / "checkpoints", console)
-    trainer.fit(steps=settings.steps, resume=resume)
-    if trainer.stopped:
-        raise Stopped(
-            f"stopped at step {trainer.step} of {settings.steps}; the same command with --resume goes on from there"
-        )
-    spent = time.perf_counter() - started
-    with console.status("SI-SDR after training"):
-        after = scores(model, test, widths)
-    console.print(f"after {settings.steps} steps: {_line(after)}", highlight=False)
+    results = []
+    for seed in range(settings.seeds):
+        torch.manual_seed(seed)
+        model = elastic_network(teacher, training, settings, widths, seed)
+        if seed == 0:
+            first = model
+            console.print(elastic.report(model))
+        folder = out / "checkpoints" / f"seed-{seed}"
+        results.append(trained(model, teacher, training, test, settings, widths, seed, folder, resume, console))
     with console.status("latency of a streaming step: slimkernels and torch at that width in turns, one thread"):
-        timings = timed(model, test[0][0], widths, latency_seconds)
+        timings = timed(first, test[0][0], widths, latency_seconds)
 
-    rows = enhance_results.rows(
-        model, widths, unprocessed, before, after, timings, settings, None if resume else spent, command
-    )
+    rows = enhance_results.rows(first, widths, unprocessed, results, timings, settings, command)
     with writing(out / "elastic.safetensors") as aside:
-        elastic.save(model, aside)
+        elastic.save(first, aside)
     with writing(out / "table.csv") as aside:
         enhance_results.write_csv(rows, aside)
     with writing(out / "plot.png") as aside:
         enhance_results.plot(rows, aside)
     for w in (max(widths), min(widths)):
-        with elastic.width(model, w), torch.no_grad():
+        with elastic.width(first, w), torch.no_grad():
             x, targets = test[0]
-            enhanced = signal_of(targets[0] * model(x), noisy.shape[-1])[0]
+            enhanced = signal_of(targets[0] * first(x), noisy.shape[-1])[0]
         with writing(out / f"enhanced-{w:g}.wav") as aside:
             write_wav(aside, enhanced)
     console.print(enhance_results.table(rows))
@@ -220,19 +203,81 @@ def run(
     return rows
 
 
+def elastic_network(
+    teacher: nn.Module, training: Sounds, settings: Settings, widths: Sequence[float], seed: int
+) -> nn.Module:
+    batches = SpectrumBatches(training, settings.batch_size, settings.seconds, 4, teacher)
+    batches.generator.manual_seed(seed)
+    return elastic.convert(
+        copy.deepcopy(teacher).requires_grad_(True),
+        torch.zeros(1, SAMPLE_RATE // HOP, 1 + WINDOW // 2),  # one second: what the MACs are counted for
+        widths=(min(widths), 1.0),
+        sort="taylor",
+        batches=batches,
+        loss_fn=functools.partial(loss_fn, distill=settings.distill),
+    )
+
+
+def trained(
+    model: nn.Module,
+    teacher: nn.Module,
+    training: Sounds,
+    test: Sequence[tuple[Tensor, Targets]],
+    settings: Settings,
+    widths: Sequence[float],
+    seed: int,
+    folder: Path,
+    resume: bool,
+    console: Console,
+) -> enhance_results.Result:
+    """SI-SDR of every width before and after one training; both are kept in ``folder``, so that a resumed run does not
+    measure again what is done. The network ends with the trained weights."""
+    done = folder / "result.json"
+    kept: dict[str, Any] = json.loads(done.read_text()) if resume and done.exists() else {"steps": None}
+    if kept["steps"] == settings.steps:
+        before = {float(w): score for w, score in kept["before"].items()}
+    else:
+        with console.status("SI-SDR of the sliced network, before training"):
+            before = scores(model, test, widths)
+        console.print(f"seed {seed}, before training: {_line(before)}", highlight=False)
+    trainer = make_trainer(model, training, teacher, settings, seed, folder, console)
+    trainer.fit(steps=settings.steps, resume=resume)
+    if trainer.stopped:
+        raise Stopped(
+            f"stopped at step {trainer.step} of {settings.steps} of seed {seed};"
+            " the same command with --resume goes on from there"
+        )
+    if kept["steps"] == settings.steps:
+        after = {float(w): score for w, score in kept["after"].items()}
+        return enhance_results.Result(seed, before, after, kept["cpu_seconds"])
+    seconds = trainer.cpu_seconds
+    with console.status("SI-SDR after training"):
+        after = scores(model, test, widths)
+    console.print(f"seed {seed}, after {settings.steps} steps: {_line(after)}", highlight=False)
+    with writing(done) as aside:
+        aside.write_text(
+            json.dumps({"steps": settings.steps, "before": before, "after": after, "cpu_seconds": seconds})
+        )
+    return enhance_results.Result(seed, before, after, seconds)
+
+
+class ElasticTrainer(Clocked, train.SlimmableTrainer):
+    pass
+
+
 def make_trainer(
     model: nn.Module,
     sounds: Sounds,
     teacher: nn.Module,
-    loss: Callable[[Any, Any], Tensor],
     settings: Settings,
+    seed: int,
     checkpoints: Path,
     console: Console,
-) -> train.SlimmableTrainer:
+) -> ElasticTrainer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=1e-4)
-    return train.SlimmableTrainer(
+    return ElasticTrainer(
         model,
-        loss,
+        functools.partial(loss_fn, distill=settings.distill),
         optimizer,
         train_loader=SpectrumBatches(sounds, settings.batch_size, settings.seconds, EPOCH, teacher),
         widths=3,
@@ -241,7 +286,8 @@ def make_trainer(
         clip_grad=5.0,
         checkpoint_dir=checkpoints,
         checkpoint_every=min(EPOCH, settings.steps),
-        seed=settings.seed,
+        keep=2,
+        seed=seed,
         progress=not console.quiet,
     )
 

@@ -1,7 +1,6 @@
 """Speech apart from music at any width and depth: sub-networks of one training against each of them trained alone."""
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from slimkernels import elastic, train
 from slimkernels.models.bsrnn import BSRNN, pack, unpack
 from slimkernels.recipes import separate_results
 from slimkernels.recipes.audio_scores import require_torchmetrics, si_sdr_db, snr
+from slimkernels.recipes.clock import Clocked
 from slimkernels.recipes.enhance import EPOCH
 from slimkernels.recipes.pipeline import Stopped, cosine_schedule, folder_for, writing
 from slimkernels.recipes.speech_data import (
@@ -97,28 +97,6 @@ class SpectrumBatches:
 def music(sounds: Sounds) -> Sounds:
     """Without single strokes: loops and phrases of a second at least."""
     return Sounds(sounds.speech, [noise for noise in sounds.noises if len(noise) >= SAMPLE_RATE])
-
-
-class Clocked(train.Trainer):
-    """Keeps the CPU seconds of the training in its checkpoints."""
-
-    seconds_before = 0.0
-    started = 0.0
-
-    def fit(self, **options: Any) -> Any:
-        self.started = time.process_time()
-        return super().fit(**options)
-
-    @property
-    def cpu_seconds(self) -> float:
-        return self.seconds_before + time.process_time() - self.started
-
-    def extra_state(self) -> dict[str, Any]:
-        return {**super().extra_state(), "cpu_seconds": self.cpu_seconds}
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
-        self.seconds_before, self.started = state["cpu_seconds"], time.process_time()
 
 
 class ElasticTrainer(Clocked, train.SlimmableTrainer):

@@ -18,7 +18,7 @@ from slimkernels.recipes.nsnet2_weights import FILE, PACKAGE, nsnet2, read_initi
 from slimkernels.recipes.speech_data import Sounds
 from tests.helpers import error
 
-SETTINGS = {"batch_size": 2, "seconds": 0.25, "test_mixtures": 3, "test_seconds": 0.5}
+SETTINGS = {"lr": 0.03, "batch_size": 2, "seconds": 0.25, "test_mixtures": 3, "test_seconds": 0.5}
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def sounds(monkeypatch):
     monkeypatch.setattr(enhance, "load_sounds", lambda *_: (made, made))
 
 
-def run(out, steps=2, **options):
+def run(out, steps=2, seeds=1, **options):
     torch.manual_seed(0)
-    settings = enhance.Settings(steps=steps, **SETTINGS)
+    settings = enhance.Settings(steps=steps, seeds=seeds, **SETTINGS)
     quiet = {"console": Console(quiet=True), "latency_seconds": 0.05, "widths": (1.0, 0.5)}
     return enhance.run(out, settings, network=NSNet2(16, 24), **quiet, **options)
 
@@ -114,6 +114,17 @@ def test_resumed_run_equals_one_that_was_not_interrupted(sounds, tmp_path, monke
     saved = [elastic.load(tmp_path / name / "elastic.safetensors", NSNet2(16, 24)) for name in ("whole", "cut")]
     for p, q in zip(*(model.parameters() for model in saved), strict=True):
         assert torch.equal(p, q)
+
+
+def test_seeds_are_trainings_of_their_own_and_what_is_done_is_kept(sounds, tmp_path, monkeypatch):
+    rows = run(tmp_path, seeds=2)
+    assert [(row["seed"], row["width"]) for row in rows] == [(0, "1"), (0, "0.5"), (1, "1"), (1, "0.5")]
+    assert rows[0]["si_sdr_after"] != rows[2]["si_sdr_after"]
+    assert rows[0]["slimkernels_step_p50_ms"] == rows[2]["slimkernels_step_p50_ms"]
+    monkeypatch.setattr(enhance, "scores", None)
+    again = run(tmp_path, seeds=2, resume=True)
+    for key in ("si_sdr_before", "si_sdr_after", "training_cpu_s"):
+        assert [row[key] for row in again] == [row[key] for row in rows]
 
 
 def test_what_is_missing_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
