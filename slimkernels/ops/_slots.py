@@ -6,8 +6,9 @@ of its own that shares the parameter's memory, so that no hook of the parameter 
 autograd, and ``flush`` what that pass did not reach: hooks run once, with the sum.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar, cast
 
 import torch
@@ -16,14 +17,51 @@ from torch import Tensor, nn
 Parameter = TypeVar("Parameter", bound=Tensor | None)
 
 
+class Waiting:
+    """Additions on one GPU that share a launch. Those of small slices only: a large one is worth its own, and what waits
+    holds memory (``MOST * SMALL`` numbers at most)."""
+
+    MOST = 36  # slices of one launch
+    SMALL = 2**18  # numbers
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.parts: list[Tensor] = []
+        self.stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def takes(cls, part: Tensor) -> bool:
+        return part.is_cuda and part.numel() <= cls.SMALL
+
+    def put(self, slot: "Slot", part: Tensor) -> None:
+        stream = torch.cuda.current_stream(part.device) if part.is_cuda else None
+        if slot.waits or stream != self.stream or len(self.parts) == self.MOST:
+            self.run()  # no buffer twice in a launch, and the stream that made the parts adds them
+        self.stream = stream
+        slot.waits = True
+        self.slots.append(slot)
+        self.parts.append(part)
+
+    def run(self) -> None:
+        slots, parts, self.slots, self.parts = self.slots, self.parts, [], []
+        if not slots:
+            return
+        for slot in slots:
+            slot.waits = False
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            torch.ops.slimkernels.slice_accumulate_.default([slot.sum() for slot in slots], parts)
+
+
 class Slot:
     """The sum of one parameter's gradients; ``last`` hands it to autograd at the next addition."""
 
-    __slots__ = ("last", "leaf", "open", "parameter", "total")
+    __slots__ = ("last", "leaf", "open", "parameter", "queue", "total", "waits")
 
-    def __init__(self, parameter: Tensor) -> None:
+    def __init__(self, parameter: Tensor, queue: Waiting) -> None:
         self.parameter = parameter
         self.leaf = parameter.detach().requires_grad_()  # what ops run on before the last pass
+        self.queue = queue  # the device's
+        self.waits = False  # whether the queue holds an addition to the sum
         self.total: Tensor | None = None
         self.last = False
         self.open = True
@@ -33,19 +71,31 @@ class Slot:
 
         ``part`` is not used by the caller afterwards.
         """
-        part = part.to(self.parameter.dtype)
+        dtype = self.parameter.dtype
+        if dtype != torch.float32:  # which 16-bit gradients are added to as they are
+            part = part.to(dtype)
         if not self.open:
             return _extended(part, torch.zeros_like(self.parameter))
-        if self.total is not None:
-            torch.ops.slimkernels.slice_accumulate_.default([self.total], [part])
+        if self.total is not None and not self.last and self.queue.takes(part):
+            self.queue.put(self, part)
+        elif self.total is not None:
+            torch.ops.slimkernels.slice_accumulate_.default([self.sum()], [part])
         elif part.shape == self.parameter.shape and part.stride() == self.parameter.stride():
-            self.total = part
+            self.total = part.to(dtype)
         else:
             self.total = _extended(part, torch.zeros_like(self.parameter))
         return self.take() if self.last else None
 
+    def sum(self) -> Tensor:
+        """The sum, with what waited for a launch in it."""
+        if self.waits:
+            self.queue.run()
+        assert self.total is not None
+        return self.total
+
     def take(self) -> Tensor | None:
-        total, self.total = self.total, None
+        total = None if self.total is None else self.sum()
+        self.total = None
         return total
 
 
@@ -100,7 +150,9 @@ def deposit(slot: Slot | None, part: Tensor, shape: Sequence[int]) -> Tensor | N
 @contextmanager
 def gradient_slots(parameters: Iterable[Tensor]) -> Iterator[list[Slot]]:
     """Inside it the gradients of ``parameters`` add up in slots. What is in them when it is left is lost."""
-    made = [Slot(p) for p in parameters if type(p) in (nn.Parameter, Tensor) and p.requires_grad and p.is_leaf]
+    queues: dict[torch.device, Waiting] = defaultdict(Waiting)
+    found = [p for p in parameters if type(p) in (nn.Parameter, Tensor) and p.requires_grad and p.is_leaf]
+    made = [Slot(p, queues[p.device]) for p in found]
     made = [slot for slot in made if id(slot.parameter) not in _slots]
     _slots.update({id(t): slot for slot in made for t in (slot.parameter, slot.leaf)})
     try:
@@ -108,7 +160,7 @@ def gradient_slots(parameters: Iterable[Tensor]) -> Iterator[list[Slot]]:
     finally:
         for slot in made:
             slot.open = False
-            slot.total = None
+            slot.total, slot.waits = None, False
             del _slots[id(slot.parameter)], _slots[id(slot.leaf)]
 
 
