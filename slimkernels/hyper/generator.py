@@ -41,6 +41,9 @@ class WeightGenerator(nn.Module):
         bands: frequencies of its input encoding; "auto" takes as many as the largest tensor needs.
         size_bands: of them, those for the active sizes, and none for coordinates that never change; None: all of them for
             every coordinate, as published.
+        positions: "relative" puts channel a of C at a / C, as published: a channel moves when the width changes. "absolute"
+            keeps it where it is at full width, so that what is learned for a channel holds at widths between those
+            trained. None: absolute with base "residual" and networks per tensor, else relative.
         skip: the residual scalars of its layers at the start; published: 0.1, with which it learns several times slower.
         standardized: without base, give every output channel of a matrix mean 0 and the variance that keeps that of the
             activations, at every width: training from scratch needs it where no batch norm follows.
@@ -66,6 +69,7 @@ class WeightGenerator(nn.Module):
         layers: int = 4,
         bands: int | str = "auto",
         size_bands: int | None = 1,
+        positions: str | None = None,
         skip: float = 1.0,
         standardized: bool = False,
         activation: str = "relu",
@@ -84,6 +88,7 @@ class WeightGenerator(nn.Module):
         _check("mlp", mlp, ("per_tensor", "shared"))
         _check("noise", noise, NOISE)
         _check("compat", compat, COMPAT)
+        _check("positions", positions, (None, "relative", "absolute"))
         for name, value, least in (("hidden", hidden, 1), ("layers", layers, 2)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(
@@ -99,6 +104,13 @@ class WeightGenerator(nn.Module):
             raise ValueError(f"WeightGenerator: expected norm to be positive or None, got {norm!r}")
         if standardized and base is not None:
             raise ValueError(f"WeightGenerator: expected standardized weights without base only, got base={base!r}")
+        if positions == "absolute" and mlp == "shared":
+            raise ValueError(
+                "WeightGenerator: expected absolute positions with mlp='per_tensor' only, got mlp='shared'"
+            )
+        if positions is None:
+            positions = "absolute" if base is not None and mlp == "per_tensor" else "relative"
+        self.positions = positions
         self.base, self.noise, self.standardized, self.compat = base, noise, standardized, compat
         self.target = _elastic(target, example_inputs, convert)
         plan = elastic.plan(self.target)
@@ -125,6 +137,7 @@ class WeightGenerator(nn.Module):
             "activation": activation,
             "shared": mlp == "shared",
             "zero": base is not None,
+            "absolute": positions == "absolute",
         }
         self.networks = nn.ModuleList()
         first = 0
@@ -322,6 +335,7 @@ class WeightGenerator(nn.Module):
             "base": self.base or "none",
             "compat": self.compat,
             "norm": self.norm,
+            "positions": self.positions,
             "tensors": [[t.name, *t.shape] for t in self.targets],
             "tiles": [list(t.tile) for t in self.targets],
             "groups": {group.name: group.units for group in plan.groups.values()},
@@ -340,8 +354,8 @@ class WeightGenerator(nn.Module):
                 raise ValueError(
                     f"WeightGenerator: the state is of another target: expected {what} {difference(ours[key], state[key])}"
                 )
-        for key in ("base", "tiles", "compat", "norm"):
-            theirs = state.get(key, ours[key])  # the last two came later
+        for key in ("base", "tiles", "compat", "norm", "positions"):
+            theirs = state.get(key, "relative" if key == "positions" else ours[key])  # the last three came later
             if theirs != ours[key]:
                 raise ValueError(f"WeightGenerator: expected a state with {key} {ours[key]}, got {theirs}")
         if ours["weights"] is not None and state.get("weights") is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slimkernels.hyper.targets import Target
 from slimkernels.ops import InrParameters, InrTensor, inr_weights
-from slimkernels.reference.inr_weights import AXES, axis_columns
+from slimkernels.reference.inr_weights import AXES, axis_columns, encode_axis
 
 _BIAS_SHARE = 0.05  # of the original's size: as in random initialisation, biases start near zero
 
@@ -27,6 +27,8 @@ class InrNetworks(nn.Module):
         zero: start with an output of zero.
         standardized: every output channel of a matrix has mean 0 and the variance 2 / inputs, times a learned number a
             tensor, at every width.
+        absolute: a channel has the same position at every width, and only the coordinates of the active sizes change: the
+            weights are those of the full-width positions, cut to the active channels.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class InrNetworks(nn.Module):
         size_bands: int | None,
         skip: float,
         standardized: bool,
+        absolute: bool,
     ) -> None:
         super().__init__()
+        self.absolute = absolute
         self.targets, self.norm, self.activation, self.compat = tuple(targets), norm, activation, compat
         self.tensors: list[InrTensor] = [
             t.inr(first + i, total, 0 if shared else i) for i, t in enumerate(self.targets)
@@ -82,17 +86,17 @@ class InrNetworks(nn.Module):
         samples: int,
         first_sample: int,
     ) -> dict[str, Tensor]:
-        parameters = InrParameters(
-            self._w_in(), self.b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out
-        )
-        base = None if originals is None else [t.base(originals[t.name], units).float() for t in self.targets]
+        w_in = self._w_in()
+        b_in, scale = self._at_width(w_in, units) if self.absolute else (self.b_in, self.scale)
+        made_at = None if self.absolute else units
+        base = None if originals is None else [t.base(originals[t.name], made_at).float() for t in self.targets]
         generated = inr_weights(
-            parameters,
+            InrParameters(w_in, b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out),
             self.tensors,
-            [t.active(units) for t in self.targets],
+            [t.whole() if self.absolute else t.active(units) for t in self.targets],
             norm=self.norm,
             base=base,
-            scale=self.scale,
+            scale=scale,
             activation=self.activation,
             compat=self.compat,
             noise=noise,
@@ -103,10 +107,26 @@ class InrNetworks(nn.Module):
         )
         weights = {}
         for i, (target, w, dtype) in enumerate(zip(self.targets, generated, dtypes, strict=True)):
+            w = target.taken(w.reshape(target.shape), units) if self.absolute else w.reshape(target.shape_at(units))
             if self.gain is not None and target.layout != "bias":
                 w = _standardized(w, 1 if target.layout == "iohw" else 0) * self.gain[i]
-            weights[target.name] = w.reshape(target.shape_at(units)).to(dtype)
+            weights[target.name] = w.to(dtype)
         return weights
+
+    def _at_width(self, w_in: Tensor, units: Mapping[str, int]) -> tuple[Tensor, Tensor]:  # (T, H), (T,)
+        """The first layer's bias and the scales with which the positions of the full width give the weights of another:
+        with the coordinates of the active sizes, and divided by the active inputs."""
+        moved = torch.zeros(w_in.shape[0], w_in.shape[2], dtype=torch.float64)
+        bands = (w_in.shape[2] - AXES) // (2 * AXES)
+        share = []
+        for i, target in enumerate(self.targets):
+            active, whole = target.active(units), target.whole()
+            share.append(whole[1] / active[1])
+            for axis, sizes in zip((4, 5), zip(active, whole, strict=True), strict=True):
+                encoded = encode_axis(torch.tensor(sizes, dtype=torch.float64) / self.norm, bands)
+                moved[i, axis_columns(axis, bands, self.compat)] = encoded[0] - encoded[1]
+        b_in = self.b_in + torch.einsum("the,te->th", w_in, moved.to(w_in))
+        return b_in, self.scale * self.scale.new_tensor(share)
 
     def _w_in(self) -> Tensor:
         used = self.get_buffer("used") if self._buffers["used"] is not None else None

@@ -63,12 +63,17 @@ class Target:
             return sizes[1], sizes[0]
         return sizes[0], sizes[1] // self.per_unit
 
-    def positions(self) -> tuple[int, int]:
-        """Output and input positions of its coordinates at full width."""
+    def whole(self) -> tuple[int, int]:
+        """Output and input channels at full width."""
         if self.layout == "bias":
             return self.shape[0], 1
         outputs, inputs = self.shape[:2] if self.layout == "oihw" else self.shape[1::-1]
-        return -(-outputs // self.tile[0]), -(-inputs // self.per_unit // self.tile[1])
+        return outputs, inputs // self.per_unit
+
+    def positions(self) -> tuple[int, int]:
+        """Output and input positions of its coordinates at full width."""
+        outputs, inputs = self.whole()
+        return -(-outputs // self.tile[0]), -(-inputs // self.tile[1])
 
     def taken(self, full: Tensor, units: Mapping[str, int]) -> Tensor:
         """The active slice of a full tensor; a copy only where the active channels are not the first ones."""
@@ -81,9 +86,9 @@ class Target:
                 full = full.index_select(axis, _index(dim, units, full))
         return full
 
-    def base(self, full: Tensor, units: Mapping[str, int]) -> Tensor:
-        """The slice as the op adds it."""
-        found = self.taken(full, units)
+    def base(self, full: Tensor, units: Mapping[str, int] | None) -> Tensor:
+        """The slice, or all of it (None), as the op adds it."""
+        found = full if units is None else self.taken(full, units)
         return found.unflatten(1, (-1, self.per_unit)) if self.per_unit > 1 else found
 
     def put(self, w: Tensor, units: Mapping[str, int]) -> Tensor:

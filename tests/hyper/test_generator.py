@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from slimkernels import elastic, hyper
 from slimkernels.models import CifarResNet, DigitCNN
+from slimkernels.reference.inr_weights import axis_columns
 from tests.elastic import nets
 
 WIDTHS = (1.0, 0.7, 0.53, 0.25)
@@ -77,27 +78,50 @@ def test_elastic_target_takes_the_weights_directly():
         torch.testing.assert_close(output, gen.materialize(width)(x), rtol=1e-4, atol=1e-4)
 
 
-def test_weights_follow_the_formula():
+@pytest.mark.parametrize("compat", ["neumeta", "htty"])
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
+def test_weights_follow_the_formula(positions, compat):
     """Slice + scale * network(encoding) / inputs, spelled out for one tensor."""
     model, _ = digits()
-    gen = disturb(generator(model, tensors="conv_layers.3.weight", bands=2, size_bands=None))
+    options = {"bands": 2, "size_bands": None, "positions": positions, "compat": compat}
+    gen = disturb(generator(model, tensors="conv_layers.3.weight", **options))
     n = gen.networks[0]
     got = gen(0.5)["conv_layers.3.weight"]
     c_out, c_in = got.shape[:2]
     norm = 12.0
-    a, b = torch.meshgrid(torch.arange(c_out) / c_out, torch.arange(c_in) / c_in, indexing="ij")
+    outputs, inputs = (c_out, c_in) if positions == "relative" else gen.targets[0].shape[:2]
+    a, b = torch.meshgrid(torch.arange(c_out) / outputs, torch.arange(c_in) / inputs, indexing="ij")
     like = torch.ones_like(a)
     v = torch.stack([0 * like, a, b, like / norm, like * c_out / norm, like * c_in / norm], -1)
     e = [v]
     for f in range(2):
         angle = 2**f * torch.pi * v
-        e.append(torch.stack([angle.sin(), angle.cos()], -1).flatten(-2))
+        e.append(torch.stack([angle.sin(), angle.cos()], -1 if compat == "neumeta" else -2).flatten(-2))
     h = torch.relu(torch.cat(e, -1) @ n.w_in[0].T + n.b_in[0])
     for k in range(n.skip.shape[1]):
         h = h + n.skip[0, k] * torch.relu(h @ n.w_hidden[0, k].T + n.b_hidden[0, k])
     w = (h @ n.w_out[0].T + n.b_out[0]) / c_in
     base = dict(gen.target.named_parameters())["conv_layers.3.weight"][:c_out, :c_in]
     torch.testing.assert_close(got, base + n.scale[0] * w.unflatten(-1, (3, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "densenet", "unet"])  # flattened channels, concatenated ones, transposed
+def test_absolute_positions_keep_a_channel_in_its_place(name):
+    """Where the active sizes say nothing, a narrower tensor has the wider one's values at its channels."""
+    net, x = nets.build(name)
+    gen = disturb(generator(elastic.convert(net, x, divisor=1, norm="shared"), base=None, positions="absolute"))
+    n = gen.networks[0]
+    with torch.no_grad():
+        before = gen(0.53)
+        for axis in (4, 5):
+            n.w_in[..., axis_columns(axis, 3, "neumeta")] = 0
+        full, narrow = gen(1.0), gen(0.53)
+        units = elastic.plan(gen.target).units("test", 0.53)
+    for target in gen.targets:
+        inputs = target.whole()[1] / target.active(units)[1]
+        wide = target.taken(full[target.name], units) * inputs
+        torch.testing.assert_close(narrow[target.name], wide, rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(before[key], narrow[key], rtol=1e-2) for key in narrow)
 
 
 @pytest.mark.parametrize("noise", ["axis", "element"])
@@ -261,6 +285,8 @@ def test_state_round_trip_and_another_target():
     assert all(torch.equal(kept[k], v) for k, v in weights.target.state_dict().items() if isinstance(v, torch.Tensor))
     with pytest.raises(ValueError, match="the state is of another target: expected tensors"):
         other.load_state_dict(gen.state_dict())
+    with pytest.raises(ValueError, match="expected a state with positions relative, got absolute"):
+        generator(model, positions="relative").load_state_dict(gen.state_dict())
     with pytest.raises(ValueError, match="expected a state with base"):
         generator(model, base=None).load_state_dict(gen.state_dict())
 
@@ -274,6 +300,8 @@ def test_state_round_trip_and_another_target():
         ({"noise": "white"}, "expected noise to be one of"),
         ({"hidden": 0}, "expected hidden to be an integer of at least 1, got 0"),
         ({"layers": 1}, "expected layers to be an integer of at least 2, got 1"),
+        ({"positions": "polar"}, "expected positions to be one of None, 'relative', 'absolute', got 'polar'"),
+        ({"positions": "absolute", "mlp": "shared"}, "expected absolute positions with mlp='per_tensor' only"),
         ({"bands": 0}, "expected bands to be a positive integer or 'auto', got 0"),
         ({"tile": (0, 1)}, "expected a tile to be a pair of positive integers"),
         ({"blocks": ["fc_layers"]}, "expected every generated tensor in a block, got 'conv_layers.0.weight'"),
