@@ -7,6 +7,7 @@ from torch import Tensor
 
 from slimkernels.ops._common import autocast_dtype, autograd, define, grad_needed
 from slimkernels.ops._recurrent import check_layers, check_states, check_steps, run_layers
+from slimkernels.ops._recurrent_gpu import gru, on_gpu, used
 from slimkernels.reference import slim_gru as reference
 
 
@@ -28,7 +29,8 @@ def slim_gru(
     Equivalent to ``torch.nn.GRU`` with ``w_ih.unflatten(0, (3, H))[:, :h, :i]`` and so on for its weights. Input
     columns are the first ``i``, in ``in_blocks`` equal parts; the layers above a bidirectional one read two parts.
     ``dropout`` is applied to the input of each layer but the first. With ``recompute`` the gates are not kept for
-    backward but computed again there.
+    backward but computed again there. On a GPU this is one call of cuDNN, on copies of the active slices; it keeps what it
+    needs.
 
     Raises: ValueError when a shape, a width, the batch sizes or the number of weights does not fit, TypeError when
     dtypes differ.
@@ -45,6 +47,8 @@ def slim_gru(
         x, state = x.to(dtype), None if state is None else state.to(dtype)
         weights = [w.to(dtype) for w in weights]
     check_states(op, x, weights, (state,), (h,), num_layers * directions, batch, dropout)
+    if used(x):
+        return gru(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks, dropout)
     ops, needed = torch.ops.slimkernels, grad_needed(x, state, *weights)
     if not needed and not dropout:
         return ops.slim_gru_inference.default(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks)
@@ -151,3 +155,4 @@ define(
     default=reference.slim_gru_backward,
 )
 autograd("slim_gru", _backward, _setup_context)
+on_gpu("slim_gru_inference", gru)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from slimkernels.ops._common import autocast_dtype, autograd, define, grad_needed
 from slimkernels.ops._recurrent import check_layers, check_states, check_steps, run_layers
+from slimkernels.ops._recurrent_gpu import lstm, on_gpu, used
 from slimkernels.reference import slim_lstm as reference
 
 State = tuple[Tensor, Tensor]
@@ -33,7 +34,8 @@ def slim_lstm(
     Equivalent to ``torch.nn.LSTM`` with ``w_ih.unflatten(0, (4, H))[:, :h, :i]`` and so on for its weights. Input
     columns are the first ``i``, in ``in_blocks`` equal parts; the layers above a bidirectional one read two parts.
     ``dropout`` is applied to the input of each layer but the first. With ``recompute`` the gates are not kept for
-    backward but computed again there.
+    backward but computed again there. On a GPU this is one call of cuDNN, on copies of the active slices; it keeps what it
+    needs.
 
     Raises: ValueError when a shape, a width, the batch sizes or the number of weights does not fit, TypeError when
     dtypes differ.
@@ -55,6 +57,9 @@ def slim_lstm(
         h0, c0 = (None if t is None else t.to(dtype) for t in (h0, c0))
         weights = [w.to(dtype) for w in weights]
     check_states(op, x, weights, (h0, c0), (p or h, h), num_layers * directions, batch, dropout)
+    if used(x):
+        y, h_n, c_n = lstm(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, h, p, in_blocks, dropout)
+        return y, (h_n, c_n)
     ops, needed = torch.ops.slimkernels, grad_needed(x, h0, c0, *weights)
     if not needed and not dropout:
         y, h_n, c_n = ops.slim_lstm_inference.default(
@@ -162,3 +167,4 @@ define(
     default=reference.slim_lstm_backward,
 )
 autograd("slim_lstm", _backward, _setup_context)
+on_gpu("slim_lstm_inference", lstm)
