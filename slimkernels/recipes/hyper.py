@@ -106,18 +106,24 @@ DIGIT_ARMS = (
     Arm("alone", lr=1.5e-3, alone=True),
 )
 BLOCKS = tuple(f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3))
+BLOCKS_FITTED: Mapping[str, Any] = {**FITTED, "reconstruction_steps": 300}
+FIXED: Mapping[str, Any] = {"positions": "absolute"}
 CIFAR_ARMS = (
     Arm("slimmable", lr=1e-3),
     Arm("residual", "residual", base="residual", lr=6e-3),
     Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
-    Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, trainer={"weight_norm": 0.0, "reconstruction_steps": 200}),
+    Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, generator={**FIXED, "hidden": 128}, trainer=BLOCKS_FITTED),
     Arm("alone", lr=1e-3, alone=True),
 )
 BLOCK_ARMS = (
     Arm("slimmable", lr=1e-3),
-    Arm("residual", "residual", base="residual", lr=6e-3),
+    Arm("residual", "residual", base="residual", lr=1.2e-2),
+    Arm("residual, axis noise", "residual", "axis", base="residual", lr=1.2e-2),
+    Arm("residual, element noise", "residual", "element", base="residual", lr=1.2e-2),
     Arm("neumeta", "neumeta", lr=3e-3, smooth=True, trainer=FITTED),
     Arm("neumeta, axis noise", "neumeta", "axis", lr=3e-3, smooth=True, trainer=FITTED),
+    Arm("neumeta, element noise", "neumeta", "element", lr=3e-3, smooth=True, trainer=FITTED),
+    Arm("fitted, absolute positions", "neumeta", lr=3e-3, generator=FIXED, trainer=FITTED),
     Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
     Arm("alone", lr=1e-3, alone=True),
 )

@@ -25,6 +25,20 @@ def test_packaged_digits_are_split_by_class_and_reproducible():
     assert abs(first.train_x.mean().item()) < 0.05
 
 
+def test_held_out_images_come_from_the_training_part():
+    split = data.Split(
+        torch.arange(20.0)[:, None], torch.arange(20), torch.full((5, 1), -1.0), torch.zeros(5), "numbers"
+    )
+    got = data.held_out(split, 6)
+    assert (len(got.train_y), len(got.test_y), got.name) == (14, 6, "numbers, 6 training images held out")
+    assert sorted([*got.train_y.tolist(), *got.test_y.tolist()]) == list(range(20))
+    for x, y in ((got.train_x, got.train_y), (got.test_x, got.test_y)):
+        assert torch.equal(x[:, 0], y.float())
+    assert torch.equal(data.held_out(split, 6).test_y, got.test_y)
+    with pytest.raises(DataError, match="held_out: expected a count between 1 and 19, got 20"):
+        data.held_out(split, 20)
+
+
 def test_packaged_weights_classify_the_digits():
     model = DigitCNN().eval()
     data.load_into(model, data.digit_weights(), "weights")

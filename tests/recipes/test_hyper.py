@@ -102,13 +102,23 @@ def test_every_arm_of_the_last_block_runs(tmp_path, monkeypatch):
     torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
     rows = hyper.run(recipe, tmp_path / "out", **QUIET)
     assert [row["arm"] for row in rows if row["samples"]] == [
-        "neumeta, axis noise, mean of 2",
+        f"{arm}, {noise} noise, mean of 2" for arm in ("residual", "neumeta") for noise in ("axis", "element")
     ]
     again = hyper.last_block_recipe("data", **files)
     assert torch.equal(again.data.train_x, recipe.data.train_x)
     torch.save(CifarResNet(20).state_dict(), files["weights"])
     with pytest.raises(ValueError, match="expected a features file of these weights and images"):
         hyper.last_block_recipe("data", **files)
+
+
+def test_held_out_images_stand_for_the_test_images(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(hyper, "run", lambda recipe, out, **_: ran.append(recipe))
+    arguments = ["train", "hyper", "--steps", "1", "--hold-out", "100", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (len(ran[0].data.train_y), len(ran[0].data.test_y)) == (3900, 100)
+    assert ran[0].data.name == "MNIST 5k, 100 training images held out"
 
 
 def test_errors(tmp_path):

@@ -97,13 +97,14 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ema", [None, 0.9])
-def test_resume_goes_on_exactly(tmp_path, mode, ema):
+@pytest.mark.parametrize("at", [4, 5, 7])  # before, between and inside the second of two blocks
+def test_resume_goes_on_exactly(tmp_path, mode, ema, at):
     made, options = MODES[mode]
     options = {**options, "ema": ema, "eval_samples": 2, "checkpoint_every": 1}
     whole, expected = trainer(generator(**made), tmp_path / "whole", **options)
     whole.fit(steps=9)
     first, head = trainer(generator(**made), tmp_path / "parts", **options)
-    first.fit(steps=4)
+    first.fit(steps=at)
     torch.manual_seed(99)
     second, tail = trainer(generator(**made), tmp_path / "parts", **options)
     second.fit(steps=9, resume=True)
