@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from slimkernels.elastic.cost import layer_costs, parameter_costs
+from slimkernels.elastic.coupling import IS_OUTPUT
 from slimkernels.elastic.depth import make_skippable
 from slimkernels.elastic.graph import Analysis, width_groups
 from slimkernels.elastic.importance import check_sort, orders
@@ -16,7 +17,7 @@ from slimkernels.elastic.plan import Plan, Stage, matches
 from slimkernels.elastic.probe import Prober
 from slimkernels.elastic.slices import permute
 from slimkernels.elastic.stages import find_stages, usable_stages
-from slimkernels.elastic.trace import IS_OUTPUT, analysis_copy, check_example, float_inputs, run, trace
+from slimkernels.elastic.trace import analysis_copy, check_example, float_inputs, run, trace
 from slimkernels.elastic.transform import set_norm_mode, transform
 from slimkernels.elastic.width import set_width
 

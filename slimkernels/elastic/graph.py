@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from slimkernels.elastic.coupling import Coupling
 from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.plan import Dim, Run, WidthGroup
-from slimkernels.elastic.trace import Coupling
 
 Key = tuple[str, str]  # (module, side)
 

@@ -1,4 +1,4 @@
-"""LSTM, GRU and their cells for the converter: which axes of their weights are cut, and what stands in for them while tracing.
+"""LSTM, GRU and their cells for the converter: which axes of their weights are cut.
 
 The sides of a recurrent layer beside ``in`` and ``out`` (the hidden units of both directions): ``gates``, the rows of its
 weights (3 or 4 blocks of the hidden units); ``state``, the hidden units that each step takes in; ``next``, those that the
@@ -7,11 +7,9 @@ order for both directions and all stacked layers.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 LAYERS, CELLS = (nn.LSTM, nn.GRU), (nn.LSTMCell, nn.GRUCell)
@@ -83,73 +81,3 @@ def refresh(module: Any) -> None:
     """Bring the list of weights that torch's own layers (not the cells) read up to date with the parameters."""
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
-
-
-class _StandIn(nn.Module):
-    """Has the inputs, outputs and coupled channels of a recurrent layer, in operations that the trace knows."""
-
-    linear: nn.Linear
-    mode: str
-    hidden_size: int
-    num_layers: int
-    bidirectional: bool
-    batch_first: bool
-
-    def forward(self, x: Any, hx: Any = None) -> Any:
-        if isinstance(x, PackedSequence):
-            data, batch = self.linear(x.data), int(x.batch_sizes[0])
-            return PackedSequence(data, *x[1:]), self._states(data[:batch], 1)
-        y = self.linear(x)
-        for state in () if hx is None else (hx,) if isinstance(hx, Tensor) else hx:
-            start = state.sum(0)  # (batch, h)
-            if x.dim() == 3:
-                start = start.unsqueeze(1 if self.batch_first else 0)
-            y = y + torch.cat([start] * directions(self), -1)
-        last = y.select(1 if x.dim() == 3 and self.batch_first else 0, -1)
-        return y, self._states(last, x.dim() - 2)
-
-    def _states(self, last: Tensor, batched: int) -> Any:  # (batch, D * h) or (D * h,) -> (layers * D, batch, h)
-        parts = last.split(self.hidden_size, -1) if self.bidirectional else [last]
-        state = torch.stack([*parts] * self.num_layers)
-        return state if self.mode == "GRU" else (state, state)
-
-
-class _CellStandIn(nn.Module):
-    """Likewise for a cell."""
-
-    linear: nn.Linear
-    two_states: bool
-
-    def forward(self, x: Tensor, hx: Any = None) -> Any:  # (batch, i) or (i,)
-        y = self.linear(x)
-        for state in () if hx is None else (hx,) if isinstance(hx, Tensor) else hx:
-            y = y + state
-        return (y, y * 1.0) if self.two_states else y
-
-
-@contextmanager
-def stand_ins(model: nn.Module, names: dict[int, str]) -> Iterator[dict[int, str]]:
-    """Every LSTM, GRU and cell of a model replaced by a stand-in, whose linear layer ``names`` then has under the layer's name.
-
-    Only the classes and contents of the modules change: whoever holds one keeps it.
-    """
-    found = [m for m in model.modules() if isinstance(m, (*LAYERS, *CELLS)) and not getattr(m, "proj_size", 0)]
-    before = [(m.__class__, m._parameters, m._modules) for m in found]
-    known = dict(names)
-    module: Any
-    try:
-        for module in found:
-            weight = module._parameters[next(iter(axes_of(module)))]
-            linear = nn.Linear(module.input_size, size_of(module, "out"), device=weight.device, dtype=weight.dtype)
-            known[id(linear)] = names[id(module)]
-            cell = isinstance(module, nn.RNNCellBase)
-            if cell:
-                module.two_states = isinstance(module, nn.LSTMCell)
-            module.__class__ = _CellStandIn if cell else _StandIn
-            module.__dict__.update(_parameters={}, _modules={"linear": linear})
-        yield known
-    finally:
-        for module, (cls, parameters, modules) in zip(found, before, strict=True):
-            module.__class__ = cls
-            module.__dict__.update(_parameters=parameters, _modules=modules)
-            module.__dict__.pop("two_states", None)

@@ -248,19 +248,18 @@ def test_inputs_of_several_kinds():
         assert half(x.bfloat16(), y.bfloat16())["out"].dtype == torch.bfloat16
 
 
-class Untraceable(nn.Module):
+class Noisy(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
 
     def forward(self, x):
-        with torch.no_grad():
-            return self.b(self.a(x))
-
-
-class Noisy(Untraceable):
-    def forward(self, x):
         return self.b(self.a(x)) + torch.randn(2)
+
+
+class Named(Noisy):
+    def forward(self, x):
+        return [str(self.b(self.a(x)).argmax())]
 
 
 PLAIN = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
@@ -274,7 +273,7 @@ X = torch.randn(3, 4)
         ((PLAIN, "x"), {}, TypeError, "expected example_inputs to be a tensor, or a tuple or dict with one, got str"),
         ((PLAIN, X.to("meta")), {}, ValueError, "expected example_inputs on device cpu like the model, got meta"),
         ((PLAIN, torch.randn(3, 5)), {}, ValueError, "the model does not run on example_inputs"),
-        ((Untraceable(), X), {}, ValueError, "does not depend on its parameters by operations that autograd records"),
+        ((Named(), X), {}, ValueError, "expected the model to return a tensor of floating-point numbers"),
         ((Noisy(), X), {}, ValueError, "expected a model in eval mode to give the same output twice"),
         (
             (nn.Sequential(nn.Linear(4, 2)), X),

@@ -1,0 +1,188 @@
+"""Follows channels through a run of a model: what its layers take in and put out, and all operations between them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import _disable_current_modes
+
+from slimkernels.elastic.coupling import IS_OUTPUT, Coupling
+from slimkernels.elastic.flow import Follower
+from slimkernels.elastic.labels import FIXED, Labels, varying
+from slimkernels.elastic.layers import CONVS, RECURRENT, full_size, kind_of
+
+
+class _Layers:
+    """Stands between the layers that are sliced and what calls them."""
+
+    def __init__(self, model: nn.Module, coupling: Coupling, reasons: Mapping[str, str | None], plain: Mapping) -> None:
+        self.coupling, self.labels = coupling, Labels()
+        self.follower = Follower(self.labels, coupling.union, self._poison, self._used)
+        self.poisoned: set[int] = set()
+        self.owners: dict[int, list[str]] = {}  # storage -> layers whose weights it holds, which have a forward
+        self.followed: dict[str, Any] = {}
+        self.parameters: dict[int, list[tuple[str, str]]] = {}  # storage -> plain parameters
+        for name, module in model.named_modules():
+            sliced = kind_of(module) is not None and reasons[name] is None
+            if sliced:
+                self.followed[name] = module
+            reason = reasons[name] or ("its weights are used outside of it" if sliced else None)
+            label = self.labels.fixed(FIXED if reason is None else f"coupled to {name}: {reason}" if name else reason)
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None or (f"{name}.{key}" if name else key) in plain:
+                    continue
+                if self.labels.get(tensor) is None:
+                    self.labels.put(tensor, torch.tensor(label, dtype=torch.int32))
+                if sliced:
+                    self.owners.setdefault(tensor.untyped_storage()._cdata, []).append(name)
+        for name, (p, axis) in plain.items():
+            owner, _, key = name.rpartition(".")
+            side = (owner, f"param:{axis}:{key}")
+            self.parameters.setdefault(p.untyped_storage()._cdata, []).append(side)
+            nodes = self.nodes(*side)
+            shape = [1] * p.dim()
+            shape[axis] = len(nodes)
+            known = self.labels.get(p)
+            if known is not None:  # one parameter with two names
+                self.follower.unify(known, nodes.view(shape))
+            else:
+                self.labels.put(p, nodes.view(shape))
+
+    def nodes(self, name: str, side: str) -> Tensor:
+        """Labels of the positions of one side."""
+        start, size = self.coupling.offsets[name, side]
+        return torch.arange(start + 1, start + 1 + size, dtype=torch.int32)
+
+    def _poison(self, node: int, reason: str) -> None:
+        if node not in self.poisoned:
+            self.poisoned.add(node)
+            self.coupling.poison.append((node, reason))
+
+    def _used(self, t: Tensor) -> None:
+        """A tensor is an argument of an operation outside of the layers."""
+        if t.layout != torch.strided:
+            return
+        key = t.untyped_storage()._cdata
+        for name in self.owners.pop(key, ()):
+            kind = kind_of(self.followed[name])
+            for side in kind.sides if kind else ():
+                self.coupling.poison_all((name, side), f"coupled to {name}: its weights are used outside of it")
+        self.coupling.known.update(self.parameters.pop(key, ()))
+
+    def taken(self, x: Tensor, name: str, side: str, dim: int = -1) -> None:
+        """A layer takes channels in."""
+        labels = self.labels.get(x)
+        if labels is None or x.numel() == 0:
+            return
+        rows = varying(labels.movedim(dim, -1))
+        rows = rows.reshape(-1, rows.shape[-1])
+        nodes = self.nodes(name, side)
+        for row in rows:
+            self.follower.unify(torch.where(row > 0, row, torch.zeros((), dtype=row.dtype)), nodes)
+
+    def put_out(self, y: Tensor, name: str, side: str, dim: int = -1) -> None:
+        """A layer puts channels out. A single one cannot be taken apart."""
+        nodes = self.nodes(name, side)
+        if len(nodes) == 1:
+            nodes = torch.tensor([self.labels.fixed(FIXED)], dtype=torch.int32)
+        shape = [1] * y.dim()
+        shape[dim] = len(nodes)
+        self.labels.put(y, nodes.view(shape))
+
+    def follow(self, name: str, module: Any, args: tuple, kwargs: dict, y: Any) -> None:
+        """What a call of a layer couples."""
+        kind = kind_of(module)
+        assert kind is not None
+        self.coupling.known.update((name, side) for side in kind.sides)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(module, RECURRENT):
+            self._follow_recurrent(name, module, x, args[1] if len(args) > 1 else kwargs.get("hx"), y)
+        elif "ch" in kind.sides:
+            if full_size(module, kind, "ch") == 1 and isinstance(module, nn.PReLU):
+                self.labels.put(y, self.labels.get(x))
+                return
+            last = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+            dim = -1 if last or x.dim() == 1 else 1
+            self.taken(x, name, "ch", dim)
+            self.labels.put(y, self.labels.get(x))
+        else:
+            dim = y.dim() - len(module.kernel_size) - 1 if isinstance(module, CONVS) else -1
+            if "in" in kind.sides:
+                self.taken(x, name, "in", dim)
+            self.put_out(y, name, "out", dim)
+
+    def _follow_recurrent(self, name: str, module: Any, x: Any, hx: Any, y: Any) -> None:
+        self.taken(x.data if isinstance(x, PackedSequence) else x, name, "in")
+        for state in () if hx is None else (hx,) if isinstance(hx, Tensor) else hx:
+            self.taken(state, name, "state")
+        if isinstance(module, nn.RNNCellBase):
+            states = (y,) if isinstance(y, Tensor) else y
+        else:
+            out, states = y
+            self.put_out(out.data if isinstance(out, PackedSequence) else out, name, "out")
+            states = (states,) if isinstance(states, Tensor) else states
+        for state in states:
+            self.put_out(state, name, "state")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        try:
+            for name, module in self.followed.items():
+                module.__dict__["forward"] = self._listener(name, module, module.forward)
+            yield
+        finally:
+            for module in self.followed.values():
+                module.__dict__.pop("forward", None)
+
+    def _listener(self, name: str, module: Any, forward: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                y = forward(*args, **kwargs)
+                self.follow(name, module, args, kwargs, y)
+            return y
+
+        return call
+
+
+class NoOutput(Exception):
+    """The model returned no tensor that could be compared."""
+
+
+class FollowError(Exception):
+    """The model does not run."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def follow(
+    model: nn.Module,
+    call: Callable[[], list[Tensor]],  # runs the model and gives its outputs
+    given: list[Tensor],  # inputs
+    coupling: Coupling,
+    reasons: Mapping[str, str | None],  # of modules that are not to be sliced
+    plain: Mapping[str, Any],  # plain parameters and the axis of their channels
+) -> None:
+    """Couple what a run of the model couples. Layers without a reason against it are taken as a whole; everything else is
+    followed operation by operation."""
+    layers = _Layers(model, coupling, reasons, plain)
+    for t in given:
+        if layers.labels.get(t) is None:
+            layers.labels.put(t, torch.tensor(layers.labels.fixed(FIXED), dtype=torch.int32))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it would hide the layers of a transformer block
+        with layers.listening(), torch.no_grad(), layers.follower:
+            outputs = call()
+    except Exception as error:
+        raise FollowError(error) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    if not outputs:
+        raise NoOutput(f"none from {type(model).__name__}")
+    for y in outputs:
+        layers.follower.spoil(layers.labels.get(y), IS_OUTPUT)
