@@ -31,10 +31,7 @@ def _version(package: str) -> str | None:
 
 
 def _package() -> Section:
-    found = {
-        name: _version(name) or "not installed"
-        for name in ("torch-pruning", "safetensors", "matplotlib", "tensorboard")
-    }
+    found = {name: _version(name) or "not installed" for name in ("safetensors", "matplotlib", "tensorboard")}
     where = str(Path(ops.__file__).parent.parent)
     return {
         "version": __version__,

@@ -24,7 +24,7 @@ import slimkernels
 seconds = time.perf_counter() - start
 assert not torch.cuda.is_initialized()
 print(seconds)
-unwanted = ("triton", "torch_pruning", "rich", "typer", "matplotlib", "torchvision", "torch._inductor")
+unwanted = ("triton", "rich", "typer", "matplotlib", "torchvision", "torch._inductor")
 print([m for m in unwanted if m in sys.modules])
 """
 
