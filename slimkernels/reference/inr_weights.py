@@ -111,7 +111,7 @@ def axis_columns(axis: int, bands: int, order: str) -> list[int]:
 
 
 def encode_axis(v: Tensor, bands: int) -> Tensor:  # (n) -> (n, 1 + 2 * bands)
-    frequencies = torch.tensor([math.pi * 2.0**f for f in range(bands)], dtype=v.dtype, device=v.device)
+    frequencies = (1 << torch.arange(bands, device=v.device)).to(v.dtype) * math.pi  # made on the device, not copied to it
     angle = v[:, None] * frequencies
     return torch.cat([v[:, None], torch.stack([angle.sin(), angle.cos()], -1).flatten(1)], 1)
 
@@ -133,7 +133,7 @@ def axis_values(job: Job, axis: int, index: Tensor, noise: _Noise, sample: int, 
     value = position.to(like.dtype) + job.raw(axis)[1]
     if noise.kind != "none":
         value = value + noise_offsets(noise.seed, sample, job.tensor, axis, index, noise.limit).to(like.dtype)
-    return value * step / torch.tensor(job.divisor(axis, norm), dtype=like.dtype, device=like.device)
+    return value * step / torch.full((), job.divisor(axis, norm), dtype=like.dtype, device=like.device)
 
 
 class _FirstLayer:
