@@ -111,7 +111,9 @@ def axis_columns(axis: int, bands: int, order: str) -> list[int]:
 
 
 def encode_axis(v: Tensor, bands: int) -> Tensor:  # (n) -> (n, 1 + 2 * bands)
-    frequencies = (1 << torch.arange(bands, device=v.device)).to(v.dtype) * math.pi  # made on the device, not copied to it
+    frequencies = (1 << torch.arange(bands, device=v.device)).to(
+        v.dtype
+    ) * math.pi  # made on the device, not copied to it
     angle = v[:, None] * frequencies
     return torch.cat([v[:, None], torch.stack([angle.sin(), angle.cos()], -1).flatten(1)], 1)
 
