@@ -1,4 +1,6 @@
 // Memory movement and small products of the recurrent kernels, once per instruction set. Before it: recurrent.h.
+//
+// T is the type in memory, C the type multiplied (gemm-inl.h): float, or BFloat16 in pairs.
 
 #include "gemm-inl.h"
 #include "recurrent_gates-inl.h"
@@ -17,10 +19,10 @@ inline vf load_upto(const T* p, int64_t n) {
   return n >= kLanes ? load(p) : load_first(p, n);
 }
 
-// As it will be read back from memory of type T.
-template <typename T>
+// As it will be read back from memory of type T; nothing to do where it is stored as C of that type.
+template <typename T, typename C = float>
 inline vf rounded(vf v) {
-  if constexpr (std::is_same_v<T, float>) return v;
+  if constexpr (std::is_same_v<T, C>) return v;
   T buffer[kLanes];
   store(buffer, v);
   return load(buffer);
@@ -30,9 +32,26 @@ inline vf rounded(vf v) {
 template <typename T, typename S>
 inline void copy_rows(const S* src, int64_t lds, T* dst, int64_t ldd, int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r) {
+    if constexpr (std::is_same_v<T, S> && sizeof(T) == 2) {
+      if (src) {
+        std::memcpy((void*)(dst + r * ldd), src + r * lds, cols * sizeof(T));
+        continue;
+      }
+    }
     for (int64_t c = 0; c < cols; c += kLanes) {
       store_some(dst + r * ldd + c, src ? load_upto(src + r * lds + c, cols - c) : vf{}, cols - c);
     }
+  }
+}
+
+// dst (rows, blocks of `part` padded to whole pairs) = src (rows, blocks of part side by side).
+template <typename C, typename T>
+inline void copy_blocks(const T* src, int64_t lds, C* dst, int64_t ldd, int64_t rows, int64_t blocks, int64_t part) {
+  const int64_t padded = round_up(part, kPair<C>);
+  if (padded == part) return copy_rows(src, lds, dst, ldd, rows, blocks * part);
+  for (int64_t b = 0; b < blocks; ++b) {
+    copy_rows(src + b * part, lds, dst + b * padded, ldd, rows, part);
+    for (int64_t r = 0; r < rows; ++r) dst[r * ldd + b * padded + part] = C(0.0f);
   }
 }
 
@@ -51,30 +70,28 @@ inline void transpose_rows(const S* src, int64_t lds, int64_t rows, int64_t cols
   }
 }
 
-// Rows [panel of each gate block] of w, transposed: dst[column][gate * panel.padded + unit].
-template <typename T>
+// Rows [panel of each gate block] of w, transposed for products: dst[column][gate * panel.padded + unit]. The columns of
+// each block are padded to whole pairs.
+template <typename C, typename T>
 void pack_gates(const T* w, int64_t ld, int64_t gates, int64_t full_hidden, const Panel& panel, int64_t blocks,
-                int64_t full_part, int64_t part, float* dst) {
+                int64_t full_part, int64_t part, C* dst) {
   const int64_t width = gates * panel.padded;
   for (int64_t g = 0; g < gates; ++g) {
     for (int64_t b = 0; b < blocks; ++b) {
-      const T* source = w + (g * full_hidden + panel.begin) * ld + b * full_part;
-      pack_transposed([&](int64_t r, int64_t c, int n) { return load_some(source + r * ld + c, n); }, panel.count, part,
-                      dst + b * part * width + g * panel.padded, width);
+      pack_b<C>(Matrix<T>{w + (g * full_hidden + panel.begin) * ld + b * full_part, 1, ld}, part, panel.count,
+                dst + b * round_up(part, kPair<C>) * width + g * panel.padded * kPair<C>, width);
     }
   }
 }
 
-// Rows of all gate blocks, columns of the panel, as they lie: dst[gate * hidden + unit][column].
-template <typename T>
-void pack_columns(const T* w, int64_t ld, int64_t gates, int64_t full_hidden, int64_t hidden, const Panel& panel,
-                  int64_t full_part, int64_t part, float* dst) {
+// Rows of all gate blocks, columns of the panel (from `column` on in w), for products: dst[gate * hidden + unit][column]. The
+// rows of each gate are padded to whole pairs.
+template <typename C, typename T>
+void pack_columns(const T* w, int64_t ld, int64_t gates, int64_t full_hidden, int64_t hidden, int64_t column,
+                  const Panel& panel, C* dst) {
   for (int64_t g = 0; g < gates; ++g) {
-    for (int64_t b = panel.begin / part; b * part < panel.begin + panel.count; ++b) {
-      const int64_t begin = std::max(panel.begin, b * part), end = std::min(panel.begin + panel.count, (b + 1) * part);
-      copy_rows(w + g * full_hidden * ld + b * full_part + begin - b * part, ld,
-                dst + g * hidden * panel.padded + begin - panel.begin, panel.padded, hidden, end - begin);
-    }
+    pack_b<C>(Matrix<T>{w + g * full_hidden * ld + column, ld, 1}, hidden, panel.count,
+              dst + g * round_up(hidden, kPair<C>) * panel.padded, panel.padded);
   }
 }
 
@@ -165,6 +182,7 @@ void dot_gates(const T* w, int64_t ld, int64_t gates, int64_t full_hidden, const
   }
 }
 
+#include "recurrent_projection-inl.h"
 #include "recurrent_backward-inl.h"
 #include "recurrent_forward-inl.h"
 #include "recurrent_joined-inl.h"

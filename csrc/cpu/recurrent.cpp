@@ -8,12 +8,14 @@
 
 namespace slimkernels {
 
-std::vector<Panel> panels_of(int64_t size) {
-  const int64_t units = (size + 15) / 16, count = (units + 3) / 4;
+std::vector<Panel> panels_of(int64_t size, int64_t blocks) {
+  const int64_t part = size / blocks, units = (part + 15) / 16, count = (units + 3) / 4;
   std::vector<Panel> panels;
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t begin = units * p / count * 16, end = units * (p + 1) / count * 16;
-    panels.push_back({begin, std::min(end, size) - begin, end - begin});
+  for (int64_t b = 0; b < blocks; ++b) {
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t begin = units * p / count * 16, end = units * (p + 1) / count * 16;
+      panels.push_back({b * part + begin, std::min(end, part) - begin, end - begin});
+    }
   }
   return panels;
 }
@@ -37,12 +39,21 @@ std::vector<Chunk> chunks_of(const RecurrentLayer& layer, int64_t direction, int
 bool recurrent_takes(const at::Tensor& x, at::TensorList weights, int64_t directions) {
   const auto dtype = x.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
-  if (weights.size() % directions || (weights.size() / directions != 2 && weights.size() / directions != 4))
-    return false;
+  const int64_t per = weights.size() / directions;
+  if (weights.size() % directions || per < 2 || per > 5) return false;
   for (const at::Tensor& w : weights) {
     if (w.dim() == 2 && w.stride(1) != 1) return false;
   }
   return true;
+}
+
+bool recurrent_multiplies_bf16(const RecurrentLayer& layer, at::ScalarType dtype) {
+#if defined(__x86_64__)
+  return dtype == at::kBFloat16 && layer.batch >= kDotBatch && layer.rows() >= kDotRows &&
+         current_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") && gemm_takes_bf16();
+#else
+  return false;
+#endif
 }
 
 const void* recurrent_dense(RecurrentTensors& tensors, const char* op, const char* name,
@@ -58,7 +69,7 @@ const void* recurrent_dense(RecurrentTensors& tensors, const char* op, const cha
 RecurrentTensors recurrent_layer(const char* op, int64_t gates, const at::Tensor& x,
                                  const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
                                  at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
-                                 bool bidirectional, int64_t hidden, int64_t in_blocks) {
+                                 bool bidirectional, int64_t hidden, int64_t proj, int64_t in_blocks) {
   RecurrentTensors tensors;
   RecurrentLayer& layer = tensors.layer;
   const bool packed = batch_sizes.has_value() && batch_sizes->defined();
@@ -103,12 +114,22 @@ RecurrentTensors recurrent_layer(const char* op, int64_t gates, const at::Tensor
   layer.x = rows.const_data_ptr();
 
   const int64_t per = weights.size() / layer.directions;
-  tensors.biased = per == 4;
-  layer.full_hidden = weights[1].size(-1);
+  const bool projected = per % 2 == 1;
+  tensors.biased = per >= 4;
+  TORCH_CHECK_VALUE(projected == (proj != 0), op, ": expected proj_size ", projected ? "of at least 1" : "0",
+                    " for these weights, got ", proj);
+  const at::Tensor& states = weights[projected ? per - 1 : 1];  // w_hr (P, H), or w_hh (.., H)
+  TORCH_CHECK_VALUE(states.dim() == 2, op, ": expected ", projected ? "w_hr" : "w_hh", " with 2 dimensions, got ",
+                    states.sizes());
+  layer.full_hidden = states.size(1);
+  layer.full_state = projected ? states.size(0) : layer.full_hidden;
+  layer.state = projected ? proj : hidden;
   layer.full_in = weights[0].size(-1);
   const int64_t gate_rows = gates * layer.full_hidden;
   TORCH_CHECK_VALUE(hidden >= 1 && hidden <= layer.full_hidden, op, ": expected hidden_size between 1 and ",
                     layer.full_hidden, ", got ", hidden);
+  TORCH_CHECK_VALUE(layer.state >= 1 && layer.state <= layer.full_state, op, ": expected proj_size between 1 and ",
+                    layer.full_state, ", got ", layer.state);
   TORCH_CHECK_VALUE(layer.in >= 1 && layer.in <= layer.full_in, op, ": expected x.shape[-1] between 1 and ",
                     layer.full_in, ", got ", layer.in);
   TORCH_CHECK_VALUE(in_blocks >= 1 && layer.full_in % in_blocks == 0, op,
@@ -117,31 +138,30 @@ RecurrentTensors recurrent_layer(const char* op, int64_t gates, const at::Tensor
                     ", got ", layer.in);
   for (int64_t d = 0; d < layer.directions; ++d) {
     RecurrentWeights w{};
-    for (int64_t k = 0; k < per; ++k) {
+    const auto take = [&](int64_t k, const char* name, int64_t rows, int64_t columns, const void*& data, int64_t* ld) {
       const at::Tensor& weight = weights[d * per + k];
       TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, ": expected weights of dtype ", x.scalar_type(),
                        " like x, got ", weight.scalar_type());
-      const int64_t columns = k == 0 ? layer.full_in : layer.full_hidden;
-      const bool fits = k < 2 ? weight.dim() == 2 && weight.size(0) == gate_rows && weight.size(1) == columns
-                              : weight.dim() == 1 && weight.size(0) == gate_rows;
-      TORCH_CHECK_VALUE(fits, op, ": expected ",
-                        k == 0   ? "w_ih"
-                        : k == 1 ? "w_hh"
-                        : k == 2 ? "b_ih"
-                                 : "b_hh",
-                        " with ", gate_rows, " rows", k < 2 ? " and its columns" : "", ", got ", weight.sizes());
-      tensors.kept.push_back(k < 2 ? weight : weight.contiguous());
-      const void* data = tensors.kept.back().const_data_ptr();
-      if (k == 0) w.w_ih = data, w.ld_ih = weight.stride(0);
-      if (k == 1) w.w_hh = data, w.ld_hh = weight.stride(0);
-      if (k == 2) w.b_ih = data;
-      if (k == 3) w.b_hh = data;
+      const bool fits = weight.dim() == (ld ? 2 : 1) && weight.size(0) == rows && (!ld || weight.size(1) == columns);
+      TORCH_CHECK_VALUE(fits, op, ": expected ", name, " with ", rows, " rows", ld ? " and its columns" : "", ", got ",
+                        weight.sizes());
+      tensors.kept.push_back(ld ? weight : weight.contiguous());
+      data = tensors.kept.back().const_data_ptr();
+      if (ld) *ld = weight.stride(0);
+    };
+    take(0, "w_ih", gate_rows, layer.full_in, w.w_ih, &w.ld_ih);
+    take(1, "w_hh", gate_rows, layer.full_state, w.w_hh, &w.ld_hh);
+    if (tensors.biased) {
+      take(2, "b_ih", gate_rows, 0, w.b_ih, nullptr);
+      take(3, "b_hh", gate_rows, 0, w.b_hh, nullptr);
     }
+    if (projected) take(per - 1, "w_hr", layer.full_state, layer.full_hidden, w.w_hr, &w.ld_hr);
     layer.weights.push_back(w);
   }
-  const int64_t state[] = {layer.directions, layer.batch, hidden};
-  layer.h0 = recurrent_dense(tensors, op, "h0", h0, state, x);
-  layer.c0 = recurrent_dense(tensors, op, "c0", c0, state, x);
+  const int64_t h_shape[] = {layer.directions, layer.batch, layer.state};
+  const int64_t c_shape[] = {layer.directions, layer.batch, hidden};
+  layer.h0 = recurrent_dense(tensors, op, "h0", h0, h_shape, x);
+  layer.c0 = recurrent_dense(tensors, op, "c0", c0, c_shape, x);
   return tensors;
 }
 
@@ -170,7 +190,8 @@ at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> l
 std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
     const char* op, int64_t gates, const at::Tensor& x, const std::optional<at::Tensor>& h0,
     const std::optional<at::Tensor>& c0, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
-    int64_t num_layers, bool bidirectional, int64_t hidden, int64_t in_blocks, bool cells, const RecurrentRun& run) {
+    int64_t num_layers, bool bidirectional, int64_t hidden, int64_t proj, int64_t in_blocks, bool cells,
+    const RecurrentRun& run) {
   TORCH_CHECK_VALUE(num_layers >= 1 && weights.size() % num_layers == 0, op, ": expected weights of ", num_layers,
                     " layers, got ", weights.size(), " tensors");
   const size_t per_layer = weights.size() / num_layers;
@@ -180,21 +201,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
   for (int64_t l = 0; l < num_layers; ++l) {
     RecurrentTensors tensors =
         recurrent_layer(op, gates, y, std::nullopt, std::nullopt, weights.slice(l * per_layer, per_layer), batch_sizes,
-                        bidirectional, hidden, l == 0 ? in_blocks : (bidirectional ? 2 : 1));
+                        bidirectional, hidden, proj, l == 0 ? in_blocks : (bidirectional ? 2 : 1));
     RecurrentLayer& layer = tensors.layer;
     if (l == 0) {
-      const int64_t shape[] = {num_layers * layer.directions, layer.batch, hidden};
-      h_start = static_cast<const char*>(recurrent_dense(states, op, "h0", h0, shape, x));
-      c_start = static_cast<const char*>(recurrent_dense(states, op, "c0", c0, shape, x));
-      h_n = at::empty(shape, x.options());
-      if (cells) c_n = at::empty(shape, x.options());
+      const int64_t h_shape[] = {num_layers * layer.directions, layer.batch, layer.state};
+      const int64_t c_shape[] = {num_layers * layer.directions, layer.batch, hidden};
+      h_start = static_cast<const char*>(recurrent_dense(states, op, "h0", h0, h_shape, x));
+      c_start = static_cast<const char*>(recurrent_dense(states, op, "c0", c0, c_shape, x));
+      h_n = at::empty(h_shape, x.options());
+      if (cells) c_n = at::empty(c_shape, x.options());
     }
-    const int64_t at = l * layer.directions * layer.batch * hidden * x.element_size();
-    layer.h0 = h_start ? h_start + at : nullptr;
-    layer.c0 = c_start ? c_start + at : nullptr;
-    y = recurrent_empty(y, {}, {layer.directions * hidden});
-    run(layer, {y.data_ptr(), static_cast<char*>(h_n.data_ptr()) + at,
-                cells ? static_cast<char*>(c_n.data_ptr()) + at : nullptr, nullptr, nullptr});
+    const int64_t sequences = l * layer.directions * layer.batch * x.element_size();
+    layer.h0 = h_start ? h_start + sequences * layer.state : nullptr;
+    layer.c0 = c_start ? c_start + sequences * hidden : nullptr;
+    y = recurrent_empty(y, {}, {layer.directions * layer.state});
+    run(layer, {y.data_ptr(), static_cast<char*>(h_n.data_ptr()) + sequences * layer.state,
+                cells ? static_cast<char*>(c_n.data_ptr()) + sequences * hidden : nullptr, nullptr, nullptr});
   }
   return {y, h_n, c_n};
 }
@@ -205,8 +227,8 @@ RecurrentBackward::RecurrentBackward(RecurrentTensors& tensors, const char* op, 
                                      bool need_dx, bool need_dw)
     : options_(x.options()) {
   const RecurrentLayer& layer = tensors.layer;
-  const int64_t d = layer.directions, h = layer.hidden, state[] = {d, layer.batch, h};
-  const auto y_shape = recurrent_shape(x, {}, {d * h});
+  const int64_t d = layer.directions, h = layer.hidden, state[] = {d, layer.batch, layer.state};
+  const auto y_shape = recurrent_shape(x, {}, {d * layer.state});
   grads.y = recurrent_dense(tensors, op, "y", y, y_shape, x);
   grads.gates = recurrent_dense(tensors, op, "gates", gates, recurrent_shape(x, {d}, {4, h}), x);
   grads.dy = recurrent_dense(tensors, op, "dy", dy, y_shape, x);

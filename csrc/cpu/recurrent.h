@@ -18,7 +18,8 @@ namespace slimkernels {
 struct RecurrentWeights {
   const void *w_ih, *w_hh;
   const void *b_ih, *b_hh;  // null without biases
-  int64_t ld_ih, ld_hh;     // from one row to the next
+  const void* w_hr;         // null without projection
+  int64_t ld_ih, ld_hh, ld_hr;  // from one row to the next
 };
 
 // One layer. Rows are (step, sequence) pairs; the sequences are sorted by length, so those running at a step are the
@@ -27,21 +28,23 @@ struct RecurrentLayer {
   int64_t batch, directions;
   int64_t in, in_blocks, full_in;  // active and full input features, in in_blocks equal parts
   int64_t hidden, full_hidden;     // h and H
+  int64_t state, full_state;       // of y and of the recurrent input: p and P of a projection, else h and H
   int64_t ldx;
   const void* x;                          // (rows, i)
-  const void *h0, *c0;                    // (D, batch, h), null for zeros
+  const void *h0, *c0;                    // (D, batch, p) and (D, batch, h), null for zeros
   std::vector<int64_t> size;              // sequences running at each step
   std::vector<int64_t> start;             // first row of each step, and the number of rows
   std::vector<RecurrentWeights> weights;  // of each direction
 
   int64_t steps() const { return size.size(); }
+  bool projects() const { return weights[0].w_hr != nullptr; }
   int64_t rows() const { return start.back(); }
   // The step that the recurrence of direction d visits k-th.
   int64_t visit(int64_t d, int64_t k) const { return d == 0 ? k : steps() - 1 - k; }
 };
 
 struct RecurrentOutputs {
-  void *y, *h_n, *c_n;  // (rows, D * h), (D, batch, h), (D, batch, h)
+  void *y, *h_n, *c_n;  // (rows, D * p), (D, batch, p), (D, batch, h); p = h without projection
   void *gates, *cells;  // (D, rows, 4, h), (D, rows, h); null when not kept
 };
 
@@ -49,9 +52,9 @@ struct RecurrentGradients {
   const void *dy, *dh_n, *dc_n;   // null for zeros
   const void *y, *gates, *cells;  // what the forward pass kept
   std::vector<float*> dx;         // (rows, i) of each direction, null when not needed
-  void *dh0, *dc0;                // (D, batch, h), null when not needed
+  void *dh0, *dc0;                // (D, batch, p) and (D, batch, h), null when not needed
   std::vector<std::vector<void*>>
-      dw;  // of each direction: w_ih, w_hh, [b_ih, b_hh], zero-filled; empty when not needed
+      dw;  // of each direction: w_ih, w_hh, [b_ih, b_hh], [w_hr], zero-filled; empty when not needed
 };
 
 // `count` hidden units (or columns) from `begin` on, rounded up to whole vectors in packed memory.
@@ -59,8 +62,13 @@ struct Panel {
   int64_t begin, count, padded;
 };
 
-// Panels of at most 64, as equal as multiples of 16 allow.
-std::vector<Panel> panels_of(int64_t size);
+// Fewer rows in all: the weights are read where they lie instead of packed.
+constexpr int64_t kDotRows = 24;
+// Fewer sequences: the recurrent part is bound by reading the weights, which packing does not make less.
+constexpr int64_t kDotBatch = 3;
+
+// Panels of at most 64, as equal as multiples of 16 allow; of `blocks` equal parts, none crosses from one to the next.
+std::vector<Panel> panels_of(int64_t size, int64_t blocks = 1);
 
 // Consecutive visits whose rows fill a tile of the matrix kernels.
 struct Chunk {
@@ -69,20 +77,26 @@ struct Chunk {
 };
 std::vector<Chunk> chunks_of(const RecurrentLayer& layer, int64_t direction, int64_t rows);
 
-// The float scratch memory of a call, given out in 64-byte aligned pieces.
+// The scratch memory of a call, given out in 64-byte aligned pieces: first all are asked for, then the memory is taken
+// and each pointer set.
 class Arena {
  public:
-  explicit Arena(int64_t floats)
-      : next_(static_cast<float*>(scratch(kScratchB, floats * sizeof(float)))), end_(next_ + floats) {}
-  float* take(int64_t floats) {
-    float* piece = next_;
-    next_ += round_up(floats, 16);
-    TORCH_INTERNAL_ASSERT(next_ <= end_);
-    return piece;
+  template <typename C>
+  void ask(C*& piece, int64_t count) {
+    TORCH_INTERNAL_ASSERT(count_ < kPieces);
+    pieces_[count_++] = {reinterpret_cast<void**>(&piece), bytes_};
+    bytes_ += round_up(count * sizeof(C), 64);
+  }
+  void take() {
+    char* memory = static_cast<char*>(scratch(kScratchB, bytes_));
+    for (int i = 0; i < count_; ++i) *pieces_[i].first = memory + pieces_[i].second;
   }
 
  private:
-  float *next_, *end_;
+  static constexpr int kPieces = 24;
+  std::pair<void**, int64_t> pieces_[kPieces];
+  int count_ = 0;
+  int64_t bytes_ = 0;
 };
 
 // Tensors of the layer, checked and kept alive while the kernels read them.
@@ -92,14 +106,18 @@ struct RecurrentTensors {
   bool biased = false;
 };
 
-// True when the C++ kernels take these inputs: dtype, row-major weights, no projection.
+// True when the C++ kernels take these inputs: dtype, row-major weights.
 bool recurrent_takes(const at::Tensor& x, at::TensorList weights, int64_t directions);
 
 // Checks shapes (they guard memory) and fills in the layer.
 RecurrentTensors recurrent_layer(const char* op, int64_t gates, const at::Tensor& x,
                                  const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
                                  at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
-                                 bool bidirectional, int64_t hidden, int64_t in_blocks);
+                                 bool bidirectional, int64_t hidden, int64_t proj, int64_t in_blocks);
+
+// Whether the products of this layer are those of bfloat16 pairs: the CPU has them (bf16_isa.h), and there are enough rows
+// that weights are packed at all. Otherwise 16-bit inputs are converted to float.
+bool recurrent_multiplies_bf16(const RecurrentLayer& layer, at::ScalarType dtype);
 
 // A dense tensor of shape `shape` to read, or null when there is none.
 const void* recurrent_dense(RecurrentTensors& tensors, const char* op, const char* name,
@@ -117,7 +135,8 @@ using RecurrentRun = std::function<void(const RecurrentLayer&, const RecurrentOu
 std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
     const char* op, int64_t gates, const at::Tensor& x, const std::optional<at::Tensor>& h0,
     const std::optional<at::Tensor>& c0, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
-    int64_t num_layers, bool bidirectional, int64_t hidden, int64_t in_blocks, bool cells, const RecurrentRun& run);
+    int64_t num_layers, bool bidirectional, int64_t hidden, int64_t proj, int64_t in_blocks, bool cells,
+    const RecurrentRun& run);
 
 // What both backward entries prepare: the dense inputs, the full-size weight gradients, and dx of each direction.
 struct RecurrentBackward {
@@ -141,6 +160,7 @@ void recurrent_directions(const RecurrentLayer& layer, const Fn& fn) {
   if (layer.batch == 0) return;
   at::parallel_for(0, layer.directions, 1, [&](int64_t begin, int64_t end) {
     for (int64_t d = begin; d < end; ++d) fn(d);
+    release_matrix_unit();
   });
 }
 

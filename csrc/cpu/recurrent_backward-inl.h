@@ -2,150 +2,218 @@
 //
 // dz (row, 4 blocks of h) holds the gradients at the gates for a chunk of steps. Each step fills its rows and sends
 // them through w_hh to the step before; then the chunk as a whole gives dx, and is summed into the transposed weight
-// gradients (column, gate * h + unit), which land on the slice of the full-size gradients at the end.
+// gradients (column, gate * h + unit), which land on the slice of the full-size gradients at the end. With a projection
+// the gradient at y goes through w_hr first.
 
 constexpr int64_t kBackwardRows = 256;
 
-template <typename T>
+template <typename T, typename C>
 struct StepGradients {
   const T* dy;  // null for zeros
   int64_t ldy;
   const T *gates, *cells;
   float *dh, *dc;
-  const float *h_previous, *c_previous;
-  int64_t ld;  // of the four above
-  float* dz;
-  int64_t ldz, hidden;
+  int64_t ldh, ldc;  // of dh; of dc and c_previous
+  const C* h_previous;
+  int64_t ld_previous;
+  const float* c_previous;
+  C* dz;
+  int64_t ldz, block;  // block: from one gate to the next
+  C* h;                // where a projection needs the state before it
+  int64_t ld, hidden;  // ld: of h
 };
 
 // The state before visit k of direction d: rows of the visit before, and of `initial` for sequences that begin here.
-template <typename T>
+template <typename C, typename T>
 void copy_previous(const RecurrentLayer& layer, int64_t d, int64_t k, const T* kept, int64_t ld, const T* initial,
-                   float* dst, int64_t ldd) {
+                   C* dst, int64_t ldd, int64_t cols) {
   const int64_t n = layer.size[layer.visit(d, k)];
   int64_t before = 0;
   if (k > 0) {
     const int64_t t = layer.visit(d, k - 1);
     before = std::min(n, layer.size[t]);
-    copy_rows(kept + layer.start[t] * ld, ld, dst, ldd, before, layer.hidden);
+    copy_rows(kept + layer.start[t] * ld, ld, dst, ldd, before, cols);
   }
-  copy_rows(initial ? initial + before * layer.hidden : nullptr, layer.hidden, dst + before * ldd, ldd, n - before,
-            layer.hidden);
+  copy_rows(initial ? initial + before * cols : nullptr, cols, dst + before * ldd, ldd, n - before, cols);
 }
 
 // c (m, n) (+)= a (m, k) @ b (k, n) in panels of columns that stay in cache.
-inline void gemm_columns(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-                         float* c, int64_t ldc, bool add) {
+template <typename C>
+inline void gemm_columns(int64_t m, int64_t n, int64_t k, const C* a, int64_t lda, const C* b, int64_t ldb, float* c,
+                         int64_t ldc, bool add) {
   for (int64_t j = 0; j < n; j += 128)
-    tile_gemm(m, std::min<int64_t>(128, n - j), k, a, lda, b + j, ldb, c + j, ldc, add);
+    tile_gemm(m, std::min<int64_t>(128, n - j), k, a, lda, b + j * kPair<C>, ldb, c + j, ldc, add);
 }
 
-template <class Cell, typename T>
+// Rows of a chunk as the second operand of a product: where they lie, or in `pairs` with rows in pairs.
+template <typename C>
+const C* rows_operand(const C* rows, int64_t ld, int64_t count, int64_t cols, C* pairs) {
+  if constexpr (kPair<C> == 1) return rows;
+  pack_b<C>(Matrix<C>{rows, ld, 1}, count, cols, pairs, ld);
+  return pairs;
+}
+
+// dst (cols, rows) = src (rows, cols) transposed, rows padded to whole pairs.
+template <typename C, typename S>
+void transposed_operand(const S* src, int64_t lds, int64_t rows, int64_t cols, C* dst, int64_t ldd) {
+  transpose_rows(src, lds, rows, cols, dst, ldd);
+  if (rows % kPair<C> == 0) return;
+  for (int64_t c = 0; c < cols; ++c) dst[c * ldd + rows] = C(0.0f);
+}
+
+template <class Cell, typename T, typename C>
 void recurrent_backward_kernel(const RecurrentLayer& layer, const RecurrentGradients& grads, int64_t d) {
   constexpr int64_t gates = Cell::kGates, split = Cell::kStateSplit;
   const RecurrentWeights& w = layer.weights[d];
-  const int64_t batch = layer.batch, hidden = layer.hidden, in = layer.in, full = layer.full_hidden,
-                hp = round_up(hidden, 16);
+  const int64_t batch = layer.batch, hidden = layer.hidden, state = layer.state, in = layer.in,
+                full = layer.full_hidden, hp = round_up(hidden, 16), sp = round_up(state, 16);
   const int64_t part = in / layer.in_blocks, full_part = layer.full_in / layer.in_blocks;
-  const int64_t width = gates * hidden, ldz = round_up(4 * hidden, 16) + 16, ldw = round_up(width, 16) + 16;
-  const std::vector<Panel> panels = panels_of(hidden), in_panels = panels_of(in);
+  const int64_t block = round_up(hidden, kPair<C>), width = gates * block, ldz = round_up(4 * block, 16) + 16,
+                ldw = round_up(width, 16) + 16;
+  const bool projects = layer.projects(), need_dw = !grads.dw.empty();
+  const std::vector<Panel> panels = panels_of(state), in_panels = panels_of(in, layer.in_blocks),
+                           unit_panels = panels_of(projects ? hidden : 0);
   const std::vector<Chunk> chunks = chunks_of(layer, d, std::max(kBackwardRows, batch));
   int64_t chunk_rows = 0;
   for (const Chunk& chunk : chunks) chunk_rows = std::max(chunk_rows, chunk.rows);
-  const int64_t ldr = round_up(chunk_rows, 16) + 16;
+  const int64_t pair_rows = round_up(chunk_rows, kPair<C>), ldr = round_up(chunk_rows, 16) + 16;
   float* dx = grads.dx[d];
-  const bool need_dw = !grads.dw.empty();
+  const bool pairs = kPair<C> == 2 && need_dw;
 
-  Arena arena(width * (hp + (dx ? round_up(in, 16) : 0)) + chunk_rows * (ldz + hp) + 3 * batch * hp +
-              (need_dw ? (in + hidden) * (ldr + ldw) + 4 * hp : 0) + 256);
-  float* w_hh = arena.take(width * hp);
-  float* w_ih = arena.take(dx ? width * round_up(in, 16) : 0);
-  float* dz = arena.take(chunk_rows * ldz);
-  float* h_previous = arena.take(chunk_rows * hp);
-  float* c_previous = arena.take(batch * hp);
-  float* dh = arena.take(batch * hp);
-  float* dc = arena.take(batch * hp);
-  float* operand = arena.take(need_dw ? (in + hidden) * ldr : 0);
-  float* dw = arena.take(need_dw ? (in + hidden) * ldw : 0);
-  float* db = arena.take(need_dw ? 4 * hp : 0);
-  if (need_dw) std::fill_n(db, 4 * hp, 0.0f);
+  Arena arena;
+  C *w_hh, *w_ih, *w_hr, *dz, *dz_pairs, *h_previous, *operand, *dy_rows, *h_rows, *h_pairs;
+  float *c_previous, *dh, *dh_units, *dc, *dw, *dw_hr, *db;
+  int64_t in_padded = 0;
+  for (const Panel& p : in_panels) in_padded += p.padded;
+  arena.ask(w_hh, width * sp);
+  arena.ask(w_ih, dx ? width * in_padded : 0);
+  arena.ask(w_hr, projects ? round_up(state, kPair<C>) * hp : 0);
+  arena.ask(dz, chunk_rows * ldz);
+  arena.ask(dz_pairs, pairs ? pair_rows * ldz : 0);
+  arena.ask(h_previous, chunk_rows * sp);
+  arena.ask(dy_rows, projects ? chunk_rows * sp : 0);
+  arena.ask(h_rows, projects ? chunk_rows * hp : 0);
+  arena.ask(h_pairs, projects && pairs ? pair_rows * hp : 0);
+  arena.ask(operand, need_dw ? (in + (projects ? 2 : 1) * state) * ldr : 0);
+  arena.ask(c_previous, batch * hp);
+  arena.ask(dh, batch * sp);
+  arena.ask(dh_units, projects ? batch * hp : 0);
+  arena.ask(dc, batch * hp);
+  arena.ask(dw, need_dw ? (in + state) * ldw : 0);
+  arena.ask(dw_hr, need_dw && projects ? state * hp : 0);
+  arena.ask(db, need_dw ? 4 * block + 16 : 0);
+  arena.take();
+  if (need_dw) std::fill_n(db, 4 * block + 16, 0.0f);
+  // What lies beside the units of a row takes part in pairs.
+  std::fill_n(dz, chunk_rows * ldz, C(0.0f));
+  if (projects) std::fill_n(dy_rows, chunk_rows * sp, C(0.0f));
 
   for (const Panel& p : panels)
-    pack_columns((const T*)w.w_hh, w.ld_hh, gates, full, hidden, p, full, hidden, w_hh + width * p.begin);
+    pack_columns((const T*)w.w_hh, w.ld_hh, gates, full, hidden, p.begin, p, w_hh + width * p.begin);
   if (dx) {
-    for (const Panel& p : in_panels)
-      pack_columns((const T*)w.w_ih, w.ld_ih, gates, full, hidden, p, full_part, part, w_ih + width * p.begin);
+    C* packed = w_ih;
+    for (const Panel& p : in_panels) {
+      const int64_t column = p.begin / part * full_part + p.begin % part;
+      pack_columns((const T*)w.w_ih, w.ld_ih, gates, full, hidden, column, p, packed);
+      packed += width * p.padded;
+    }
   }
-  const int64_t of_direction = d * batch * hidden, ldy = layer.directions * hidden;
-  const T* y = (const T*)grads.y + d * hidden;
-  const T* dy = grads.dy ? (const T*)grads.dy + d * hidden : nullptr;
-  const T* kept_gates = (const T*)grads.gates + d * layer.rows() * 4 * hidden;
-  const T* kept_cells = grads.cells ? (const T*)grads.cells + d * layer.rows() * hidden : nullptr;
-  const T* h0 = layer.h0 ? (const T*)layer.h0 + of_direction : nullptr;
-  const T* c0 = layer.c0 ? (const T*)layer.c0 + of_direction : nullptr;
-  copy_rows(grads.dh_n ? (const T*)grads.dh_n + of_direction : nullptr, hidden, dh, hp, batch, hidden);
-  copy_rows(grads.dc_n ? (const T*)grads.dc_n + of_direction : nullptr, hidden, dc, hp, batch, hidden);
+  for (const Panel& p : unit_panels)
+    pack_columns((const T*)w.w_hr, w.ld_hr, 1, 0, state, p.begin, p, w_hr + round_up(state, kPair<C>) * p.begin);
+  const int64_t ldy = layer.directions * state, first = d * batch, first_row = d * layer.rows();
+  const T* y = (const T*)grads.y + d * state;
+  const T* dy = grads.dy ? (const T*)grads.dy + d * state : nullptr;
+  const T* kept_gates = (const T*)grads.gates + first_row * 4 * hidden;
+  const T* kept_cells = grads.cells ? (const T*)grads.cells + first_row * hidden : nullptr;
+  const T* h0 = layer.h0 ? (const T*)layer.h0 + first * state : nullptr;
+  const T* c0 = layer.c0 ? (const T*)layer.c0 + first * hidden : nullptr;
+  copy_rows(grads.dh_n ? (const T*)grads.dh_n + first * state : nullptr, state, dh, sp, batch, state);
+  copy_rows(grads.dc_n ? (const T*)grads.dc_n + first * hidden : nullptr, hidden, dc, hp, batch, hidden);
 
   bool add = false;
   for (auto chunk = chunks.rbegin(); chunk != chunks.rend(); ++chunk) {
     for (int64_t k = chunk->last; k >= chunk->first; --k) {
-      const int64_t t = layer.visit(d, k), n = layer.size[t], row = layer.start[t];
+      const int64_t t = layer.visit(d, k), n = layer.size[t], row = layer.start[t], at = row - chunk->row;
       if (n == 0) continue;
-      float* h_before = h_previous + (row - chunk->row) * hp;
-      float* dz_step = dz + (row - chunk->row) * ldz;
-      copy_previous(layer, d, k, y, ldy, h0, h_before, hp);
-      if (kept_cells) copy_previous(layer, d, k, kept_cells, hidden, c0, c_previous, hp);
-      Cell::backward(n, StepGradients<T>{dy ? dy + row * ldy : nullptr, ldy, kept_gates + row * 4 * hidden,
-                                         kept_cells ? kept_cells + row * hidden : nullptr, dh, dc, h_before, c_previous,
-                                         hp, dz_step, ldz, hidden});
+      copy_previous(layer, d, k, y, ldy, h0, h_previous + at * sp, sp, state);
+      if (kept_cells) copy_previous(layer, d, k, kept_cells, hidden, c0, c_previous, hp, hidden);
+      StepGradients<T, C> step{dy ? dy + row * ldy : nullptr, ldy, kept_gates + row * 4 * hidden,
+                               kept_cells ? kept_cells + row * hidden : nullptr, dh, dc, sp, hp, h_previous + at * sp, sp,
+                               c_previous, dz + at * ldz, ldz, block, nullptr, hp, hidden};
+      if (projects) {
+        C* at_y = dy_rows + at * sp;
+        for (int64_t m = 0; m < n; ++m) {
+          for (int64_t j = 0; j < state; j += kLanes) {
+            const int64_t left = state - j;
+            const vf more = dy ? load_upto(step.dy + m * ldy + j, left) : vf{};
+            store_some(at_y + m * sp + j, load_upto(dh + m * sp + j, left) + more, left);
+          }
+        }
+        const int64_t depth = round_up(state, kPair<C>);
+        for (const Panel& p : unit_panels)
+          tile_gemm(n, p.padded, depth, at_y, sp, w_hr + depth * p.begin, p.padded, dh_units + p.begin, hp, false);
+        step.dy = nullptr, step.dh = dh_units, step.ldh = hp, step.h = h_rows + at * hp;
+      }
+      Cell::backward(n, step);
       for (const Panel& p : panels) {
-        const float* panel = w_hh + width * p.begin;
-        tile_gemm(n, p.padded, split * hidden, dz_step, ldz, panel, p.padded, dh + p.begin, hp, !Cell::kAdds);
+        const C* panel = w_hh + width * p.begin;
+        tile_gemm(n, p.padded, split * block, step.dz, ldz, panel, p.padded, dh + p.begin, sp, !Cell::kAdds);
         if (split < gates) {
-          tile_gemm(n, p.padded, hidden, dz_step + 3 * hidden, ldz, panel + split * hidden * p.padded, p.padded,
-                    dh + p.begin, hp, true);
+          tile_gemm(n, p.padded, block, step.dz + 3 * block, ldz, panel + split * block * p.padded, p.padded,
+                    dh + p.begin, sp, true);
         }
       }
     }
     const int64_t rows = chunk->rows;
     if (rows == 0) continue;
     if (dx) {
+      const C* packed = w_ih;
       for (const Panel& p : in_panels) {
-        tile_gemm(rows, p.count, width, dz, ldz, w_ih + width * p.begin, p.padded, dx + chunk->row * in + p.begin, in,
-                  false);
+        tile_gemm(rows, p.count, width, dz, ldz, packed, p.padded, dx + chunk->row * in + p.begin, in, false);
+        packed += width * p.padded;
       }
     }
     if (need_dw) {
-      transpose_rows((const T*)layer.x + chunk->row * layer.ldx, layer.ldx, rows, in, operand, ldr);
-      transpose_rows(h_previous, hp, rows, hidden, operand + in * ldr, ldr);
-      const float* state = operand + in * ldr;
-      gemm_columns(in, width, rows, operand, ldr, dz, ldz, dw, ldw, add);
-      gemm_columns(hidden, split * hidden, rows, state, ldr, dz, ldz, dw + in * ldw, ldw, add);
-      if (split < gates)
-        gemm_columns(hidden, hidden, rows, state, ldr, dz + 3 * hidden, ldz, dw + in * ldw + split * hidden, ldw, add);
+      const int64_t depth = round_up(rows, kPair<C>);
+      C *of_state = operand + in * ldr, *of_y = of_state + state * ldr;
+      transposed_operand((const T*)layer.x + chunk->row * layer.ldx, layer.ldx, rows, in, operand, ldr);
+      transposed_operand(h_previous, sp, rows, state, of_state, ldr);
+      const C* at_gates = rows_operand(dz, ldz, rows, 4 * block, dz_pairs);
+      gemm_columns(in, width, depth, operand, ldr, at_gates, ldz, dw, ldw, add);
+      float* dw_hh = dw + in * ldw;
+      gemm_columns(state, split * block, depth, of_state, ldr, at_gates, ldz, dw_hh, ldw, add);
+      if (split < gates) {
+        gemm_columns(state, block, depth, of_state, ldr, at_gates + 3 * block * kPair<C>, ldz, dw_hh + split * block,
+                     ldw, add);
+      }
+      if (projects) {
+        transposed_operand(dy_rows, sp, rows, state, of_y, ldr);
+        gemm_columns(state, hidden, depth, of_y, ldr, rows_operand(h_rows, hp, rows, hidden, h_pairs), hp, dw_hr, hp, add);
+      }
       add = true;
       for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t j = 0; j < 4 * hidden; j += kLanes)
-          store_some(db + j, load(db + j) + load(dz + r * ldz + j), 4 * hidden - j);
+        for (int64_t j = 0; j < 4 * block; j += kLanes) store(db + j, load(db + j) + load(dz + r * ldz + j));
       }
     }
   }
 
   if (grads.dh0) {
-    copy_rows(dh, hp, (T*)grads.dh0 + of_direction, hidden, batch, hidden);
-    if (grads.dc0) copy_rows(dc, hp, (T*)grads.dc0 + of_direction, hidden, batch, hidden);
+    copy_rows(dh, sp, (T*)grads.dh0 + first * state, state, batch, state);
+    if (grads.dc0) copy_rows(dc, hp, (T*)grads.dc0 + first * hidden, hidden, batch, hidden);
   }
   if (!need_dw || !add) return;
   const std::vector<void*>& out = grads.dw[d];
   for (int64_t g = 0; g < gates; ++g) {
     for (int64_t b = 0; b < layer.in_blocks; ++b) {
-      transpose_rows(dw + b * part * ldw + g * hidden, ldw, part, hidden,
+      transpose_rows(dw + b * part * ldw + g * block, ldw, part, hidden,
                      (T*)out[0] + g * full * layer.full_in + b * full_part, layer.full_in);
     }
-    transpose_rows(dw + in * ldw + g * hidden, ldw, hidden, hidden, (T*)out[1] + g * full * full, full);
-    if (out.size() == 4) {
-      copy_rows(db + g * hidden, 0, (T*)out[2] + g * full, 0, 1, hidden);
-      copy_rows(db + (g < split ? g : 3) * hidden, 0, (T*)out[3] + g * full, 0, 1, hidden);
+    transpose_rows(dw + in * ldw + g * block, ldw, state, hidden, (T*)out[1] + g * full * layer.full_state,
+                   layer.full_state);
+    if (out.size() >= 4) {
+      copy_rows(db + g * block, 0, (T*)out[2] + g * full, 0, 1, hidden);
+      copy_rows(db + (g < split ? g : 3) * block, 0, (T*)out[3] + g * full, 0, 1, hidden);
     }
   }
+  if (projects) copy_rows(dw_hr, hp, (T*)out.back(), full, state, hidden);
 }

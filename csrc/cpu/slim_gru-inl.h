@@ -22,9 +22,9 @@ struct GruCell {
     }
   }
 
-  template <typename T>
-  static void forward(int64_t n, const Panel& p, const float* x, const float* s, const float* bias, const float* h,
-                      float* h_next, float*, int64_t ld, const StepOutputs<T>& out) {
+  template <typename T, typename C>
+  static void forward(int64_t n, const Panel& p, const float* x, const float* s, const float* bias, const C* h,
+                      C* h_next, int64_t ld, float*, int64_t, const StepOutputs<T>& out) {
     const int64_t width = p.padded;
     for (int64_t m = 0; m < n; ++m, x += 3 * width, s += 3 * width) {
       for (int64_t j = 0; j < width; j += kLanes) {
@@ -34,7 +34,7 @@ struct GruCell {
         const vf candidate = gate_tanh(load(x + 2 * width + j) + load(bias + 2 * width + j) + r * hn);
         const vf h_new = candidate + z * (load(h + m * ld + j) - candidate);
         const int64_t left = p.count - j;
-        store(h_next + m * ld + j, rounded<T>(h_new));
+        store(h_next + m * ld + j, rounded<T, C>(h_new));
         store_some(out.y + m * out.ldy + j, h_new, left);
         if (out.gates) {
           T* gates = out.gates + m * 4 * out.hidden + j;
@@ -49,8 +49,8 @@ struct GruCell {
 
   // dz blocks: r, z, n at the input half, n at the recurrent half; dh becomes what goes past the products to the
   // previous h.
-  template <typename T>
-  static void backward(int64_t n, const StepGradients<T>& s) {
+  template <typename T, typename C>
+  static void backward(int64_t n, const StepGradients<T, C>& s) {
     for (int64_t m = 0; m < n; ++m) {
       for (int64_t j = 0; j < s.hidden; j += kLanes) {
         const int64_t left = s.hidden - j;
@@ -58,14 +58,14 @@ struct GruCell {
         const vf r = load_upto(gates, left), z = load_upto(gates + s.hidden, left);
         const vf candidate = load_upto(gates + 2 * s.hidden, left), hn = load_upto(gates + 3 * s.hidden, left);
         const vf dy = s.dy ? load_upto(s.dy + m * s.ldy + j, left) : vf{};
-        const vf dh = load(s.dh + m * s.ld + j) + dy;
+        const vf dh = load(s.dh + m * s.ldh + j) + dy;
         const vf dn = dh * (1.0f - z) * (1.0f - candidate * candidate);
-        float* dz = s.dz + m * s.ldz + j;
+        C* dz = s.dz + m * s.ldz + j;
         store_some(dz, dn * hn * r * (1.0f - r), left);
-        store_some(dz + s.hidden, dh * (load(s.h_previous + m * s.ld + j) - candidate) * z * (1.0f - z), left);
-        store_some(dz + 2 * s.hidden, dn, left);
-        store_some(dz + 3 * s.hidden, dn * r, left);
-        store(s.dh + m * s.ld + j, dh * z);
+        store_some(dz + s.block, dh * (load(s.h_previous + m * s.ld_previous + j) - candidate) * z * (1.0f - z), left);
+        store_some(dz + 2 * s.block, dn, left);
+        store_some(dz + 3 * s.block, dn * r, left);
+        store(s.dh + m * s.ldh + j, dh * z);
       }
     }
   }
@@ -74,12 +74,12 @@ struct GruCell {
   static constexpr int64_t kStateSplit = 2;
 };
 
-template <typename T>
+template <typename T, typename C = float>
 void gru_forward_kernel(const RecurrentLayer& layer, const RecurrentOutputs& out, int64_t d) {
-  recurrent_forward_kernel<GruCell, T>(layer, out, d);
+  recurrent_forward_kernel<GruCell, T, C>(layer, out, d);
 }
 
-template <typename T>
+template <typename T, typename C = float>
 void gru_backward_kernel(const RecurrentLayer& layer, const RecurrentGradients& grads, int64_t d) {
-  recurrent_backward_kernel<GruCell, T>(layer, grads, d);
+  recurrent_backward_kernel<GruCell, T, C>(layer, grads, d);
 }

@@ -9,6 +9,9 @@
 #define SK_INL "slim_gru-inl.h"
 #include "foreach_isa.h"
 
+#define SK_INL "slim_gru-inl.h"
+#include "bf16_isa.h"
+
 namespace slimkernels {
 namespace {
 
@@ -17,9 +20,28 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 using Gradients = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
 void forward_layer(const RecurrentLayer& layer, const RecurrentOutputs& out, at::ScalarType dtype) {
+#if defined(__x86_64__)
+  if (recurrent_multiplies_bf16(layer, dtype)) {
+    using T = c10::BFloat16;
+    return recurrent_directions(layer, [&](int64_t d) { avx512_bf16::gru_forward_kernel<T, T>(layer, out, d); });
+  }
+#endif
   AT_DISPATCH_SWITCH(dtype, "slim_gru", SK_CASES_F32_BF16_F16([&] {
                        recurrent_directions(
                            layer, [&](int64_t d) { SK_CALL_ISA(gru_forward_kernel<scalar_t>, layer, out, d); });
+                     }));
+}
+
+void backward_layer(const RecurrentLayer& layer, const RecurrentGradients& grads, at::ScalarType dtype) {
+#if defined(__x86_64__)
+  if (recurrent_multiplies_bf16(layer, dtype)) {
+    using T = c10::BFloat16;
+    return recurrent_directions(layer, [&](int64_t d) { avx512_bf16::gru_backward_kernel<T, T>(layer, grads, d); });
+  }
+#endif
+  AT_DISPATCH_SWITCH(dtype, "slim_gru_backward", SK_CASES_F32_BF16_F16([&] {
+                       recurrent_directions(
+                           layer, [&](int64_t d) { SK_CALL_ISA(gru_backward_kernel<scalar_t>, layer, grads, d); });
                      }));
 }
 
@@ -33,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor> slim_gru_inference_cpu(const at::Tensor& x, c
                                                             in_blocks);
   }
   auto found = recurrent_inference("slim_gru", 3, x, h0, std::nullopt, weights, batch_sizes, num_layers, bidirectional,
-                                   hidden_size, in_blocks, false,
+                                   hidden_size, 0, in_blocks, false,
                                    [&](const RecurrentLayer& layer, const RecurrentOutputs& out) {
                                      forward_layer(layer, out, x.scalar_type());
                                    });
@@ -48,7 +70,7 @@ Outputs slim_gru_cpu(const at::Tensor& x, const OptionalTensor& h0, at::TensorLi
                                                   hidden_size, in_blocks, save);
   }
   const RecurrentTensors tensors =
-      recurrent_layer("slim_gru", 3, x, h0, std::nullopt, weights, batch_sizes, bidirectional, hidden_size, in_blocks);
+      recurrent_layer("slim_gru", 3, x, h0, std::nullopt, weights, batch_sizes, bidirectional, hidden_size, 0, in_blocks);
   const RecurrentLayer& layer = tensors.layer;
   at::Tensor y = recurrent_empty(x, {}, {layer.directions * hidden_size});
   at::Tensor h_n = at::empty({layer.directions, layer.batch, hidden_size}, x.options());
@@ -69,7 +91,7 @@ Gradients slim_gru_backward_cpu(const OptionalTensor& dy, const OptionalTensor& 
   }
   const char* op = "slim_gru_backward";
   RecurrentTensors tensors =
-      recurrent_layer(op, 3, x, h0, std::nullopt, weights, batch_sizes, bidirectional, hidden_size, in_blocks);
+      recurrent_layer(op, 3, x, h0, std::nullopt, weights, batch_sizes, bidirectional, hidden_size, 0, in_blocks);
   const RecurrentLayer& layer = tensors.layer;
   RecurrentBackward backward(tensors, op, x, weights, y, gates, dy, dh_n, need_dx, need_dw);
   at::Tensor dh0 = at::empty({0}, x.options());
@@ -77,11 +99,7 @@ Gradients slim_gru_backward_cpu(const OptionalTensor& dy, const OptionalTensor& 
     dh0 = at::empty({layer.directions, layer.batch, hidden_size}, x.options());
     backward.grads.dh0 = dh0.data_ptr();
   }
-  AT_DISPATCH_SWITCH(x.scalar_type(), "slim_gru_backward", SK_CASES_F32_BF16_F16([&] {
-                       recurrent_directions(layer, [&](int64_t d) {
-                         SK_CALL_ISA(gru_backward_kernel<scalar_t>, layer, backward.grads, d);
-                       });
-                     }));
+  backward_layer(layer, backward.grads, x.scalar_type());
   return {backward.dx(), dh0, backward.dw};
 }
 

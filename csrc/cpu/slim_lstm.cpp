@@ -1,4 +1,4 @@
-// slim_lstm: one layer, one or two directions. float64, projections and column-major weights go to the reference.
+// slim_lstm: one layer, one or two directions. float64 and column-major weights go to the reference.
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
@@ -9,6 +9,9 @@
 #define SK_INL "slim_lstm-inl.h"
 #include "foreach_isa.h"
 
+#define SK_INL "slim_lstm-inl.h"
+#include "bf16_isa.h"
+
 namespace slimkernels {
 namespace {
 
@@ -17,9 +20,28 @@ using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::T
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, std::vector<at::Tensor>>;
 
 void forward_layer(const RecurrentLayer& layer, const RecurrentOutputs& out, at::ScalarType dtype) {
+#if defined(__x86_64__)
+  if (recurrent_multiplies_bf16(layer, dtype)) {
+    using T = c10::BFloat16;
+    return recurrent_directions(layer, [&](int64_t d) { avx512_bf16::lstm_forward_kernel<T, T>(layer, out, d); });
+  }
+#endif
   AT_DISPATCH_SWITCH(dtype, "slim_lstm", SK_CASES_F32_BF16_F16([&] {
                        recurrent_directions(
                            layer, [&](int64_t d) { SK_CALL_ISA(lstm_forward_kernel<scalar_t>, layer, out, d); });
+                     }));
+}
+
+void backward_layer(const RecurrentLayer& layer, const RecurrentGradients& grads, at::ScalarType dtype) {
+#if defined(__x86_64__)
+  if (recurrent_multiplies_bf16(layer, dtype)) {
+    using T = c10::BFloat16;
+    return recurrent_directions(layer, [&](int64_t d) { avx512_bf16::lstm_backward_kernel<T, T>(layer, grads, d); });
+  }
+#endif
+  AT_DISPATCH_SWITCH(dtype, "slim_lstm_backward", SK_CASES_F32_BF16_F16([&] {
+                       recurrent_directions(
+                           layer, [&](int64_t d) { SK_CALL_ISA(lstm_backward_kernel<scalar_t>, layer, grads, d); });
                      }));
 }
 
@@ -27,13 +49,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_lstm_inference_cpu(
     const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
     const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, int64_t hidden_size, int64_t proj_size,
     int64_t in_blocks) {
-  if (proj_size != 0 || !recurrent_takes(x, weights, num_layers * (bidirectional ? 2 : 1))) {
+  if (!recurrent_takes(x, weights, num_layers * (bidirectional ? 2 : 1))) {
     return call_reference<decltype(slim_lstm_inference_cpu)>("slimkernels::slim_lstm_inference", x, h0, c0, weights,
                                                              batch_sizes, num_layers, bidirectional, hidden_size,
                                                              proj_size, in_blocks);
   }
   return recurrent_inference("slim_lstm", 4, x, h0, c0, weights, batch_sizes, num_layers, bidirectional, hidden_size,
-                             in_blocks, true, [&](const RecurrentLayer& layer, const RecurrentOutputs& out) {
+                             proj_size, in_blocks, true, [&](const RecurrentLayer& layer, const RecurrentOutputs& out) {
                                forward_layer(layer, out, x.scalar_type());
                              });
 }
@@ -41,16 +63,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_lstm_inference_cpu(
 Outputs slim_lstm_cpu(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
                       const OptionalTensor& batch_sizes, bool bidirectional, int64_t hidden_size, int64_t proj_size,
                       int64_t in_blocks, bool save) {
-  if (proj_size != 0 || !recurrent_takes(x, weights, bidirectional ? 2 : 1)) {
+  if (!recurrent_takes(x, weights, bidirectional ? 2 : 1)) {
     return call_reference<decltype(slim_lstm_cpu)>("slimkernels::slim_lstm", x, h0, c0, weights, batch_sizes,
                                                    bidirectional, hidden_size, proj_size, in_blocks, save);
   }
   const RecurrentTensors tensors =
-      recurrent_layer("slim_lstm", 4, x, h0, c0, weights, batch_sizes, bidirectional, hidden_size, in_blocks);
+      recurrent_layer("slim_lstm", 4, x, h0, c0, weights, batch_sizes, bidirectional, hidden_size, proj_size, in_blocks);
   const RecurrentLayer& layer = tensors.layer;
-  at::Tensor y = recurrent_empty(x, {}, {layer.directions * hidden_size});
-  at::Tensor h_n = at::empty({layer.directions, layer.batch, hidden_size}, x.options());
-  at::Tensor c_n = at::empty_like(h_n);
+  at::Tensor y = recurrent_empty(x, {}, {layer.directions * layer.state});
+  at::Tensor h_n = at::empty({layer.directions, layer.batch, layer.state}, x.options());
+  at::Tensor c_n = at::empty({layer.directions, layer.batch, hidden_size}, x.options());
   at::Tensor gates = at::empty({0}, x.options()), cells = at::empty({0}, x.options());
   if (save) {
     gates = recurrent_empty(x, {layer.directions}, {4, hidden_size});
@@ -68,30 +90,27 @@ Gradients slim_lstm_backward_cpu(const OptionalTensor& dy, const OptionalTensor&
                                  const at::Tensor& gates, const at::Tensor& cells, bool bidirectional,
                                  int64_t hidden_size, int64_t proj_size, int64_t in_blocks, bool need_dx,
                                  bool need_dstate, bool need_dw) {
-  if (proj_size != 0 || !recurrent_takes(x, weights, bidirectional ? 2 : 1)) {
+  if (!recurrent_takes(x, weights, bidirectional ? 2 : 1)) {
     return call_reference<decltype(slim_lstm_backward_cpu)>(
         "slimkernels::slim_lstm_backward", dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, y, gates, cells,
         bidirectional, hidden_size, proj_size, in_blocks, need_dx, need_dstate, need_dw);
   }
   const char* op = "slim_lstm_backward";
   RecurrentTensors tensors =
-      recurrent_layer(op, 4, x, h0, c0, weights, batch_sizes, bidirectional, hidden_size, in_blocks);
+      recurrent_layer(op, 4, x, h0, c0, weights, batch_sizes, bidirectional, hidden_size, proj_size, in_blocks);
   const RecurrentLayer& layer = tensors.layer;
   RecurrentBackward backward(tensors, op, x, weights, y, gates, dy, dh_n, need_dx, need_dw);
-  const int64_t state[] = {layer.directions, layer.batch, hidden_size};
+  const int64_t cell_shape[] = {layer.directions, layer.batch, hidden_size};
   RecurrentGradients& grads = backward.grads;
-  grads.dc_n = recurrent_dense(tensors, op, "dc_n", dc_n, state, x);
+  grads.dc_n = recurrent_dense(tensors, op, "dc_n", dc_n, cell_shape, x);
   grads.cells = recurrent_dense(tensors, op, "cells", cells, recurrent_shape(x, {layer.directions}, {hidden_size}), x);
   at::Tensor dh0 = at::empty({0}, x.options()), dc0 = at::empty({0}, x.options());
   if (need_dstate) {
-    dh0 = at::empty(state, x.options());
-    dc0 = at::empty(state, x.options());
+    dh0 = at::empty({layer.directions, layer.batch, layer.state}, x.options());
+    dc0 = at::empty(cell_shape, x.options());
     grads.dh0 = dh0.data_ptr(), grads.dc0 = dc0.data_ptr();
   }
-  AT_DISPATCH_SWITCH(x.scalar_type(), "slim_lstm_backward", SK_CASES_F32_BF16_F16([&] {
-                       recurrent_directions(
-                           layer, [&](int64_t d) { SK_CALL_ISA(lstm_backward_kernel<scalar_t>, layer, grads, d); });
-                     }));
+  backward_layer(layer, grads, x.scalar_type());
   return {backward.dx(), dh0, dc0, backward.dw};
 }
 
