@@ -33,4 +33,5 @@ PYBIND11_MODULE(_C, m) {
     return info;
   }, "Compiler, the torch version the extension was built for, and whether OpenMP is on.");
   slimkernels::bind_deploy(m);
+  slimkernels::bind_train(m);
 }

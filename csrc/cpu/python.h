@@ -6,5 +6,6 @@
 namespace slimkernels {
 
 void bind_deploy(pybind11::module_& m);
+void bind_train(pybind11::module_& m);
 
 }  // namespace slimkernels

@@ -33,6 +33,8 @@ bool takes(const at::Tensor& x, const OptionalTensor& a, const OptionalTensor& b
   return is_kernel_dtype(x) && x.dim() >= 2 && x.numel() > 0 && fits(a) && fits(b);
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_cpu(
     const at::Tensor& x, const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& weight,
     const OptionalTensor& bias, bool training, double eps, c10::string_view name, const OptionalTensor& residual) {
@@ -81,7 +83,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_cpu(
   return {y, mean, var};
 }
 
-// kFull: gradients of weight and bias have their full size, zero outside the slice; else they are the slice.
 template <bool kFull>
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_backward_cpu(
     const at::Tensor& dy, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& var, const OptionalTensor& weight,
@@ -144,8 +145,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> slim_batch_norm_backw
   };
   return {dx, sized(need_dw, weight, dw), sized(need_db, bias, db), dz};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("slim_batch_norm", &slim_batch_norm_cpu);

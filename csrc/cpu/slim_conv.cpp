@@ -10,7 +10,6 @@
 #include "slim_conv_direct.h"
 
 namespace slimkernels {
-namespace {
 
 at::Tensor slim_conv_cpu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, int64_t out_channels,
                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
@@ -64,8 +63,6 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
   const auto nothing = [&] { return at::empty({0}, dy.options()); };
   return {need_dx ? dx : nothing(), need_dw ? dw : nothing(), need_db ? db : nothing()};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(slimkernels, CPU, m) {
   m.impl("slim_conv", &slim_conv_cpu);

@@ -57,4 +57,13 @@ ThreeTensors conv_backward_through_aten(const at::Tensor& dy, const at::Tensor& 
                                         bool need_dx, bool need_dw, bool need_db,
                                         GradientSize size = GradientSize::kFull);
 
+// The op's kernels, for callers that are below autograd themselves.
+at::Tensor slim_conv_cpu(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, int64_t out_channels,
+                         at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                         c10::string_view activation_name, const MaybeTensor& residual);
+template <GradientSize size>
+ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                                    int64_t groups, bool need_dx, bool need_dw, bool need_db);
+
 }  // namespace slimkernels

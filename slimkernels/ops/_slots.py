@@ -14,6 +14,8 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from slimkernels import _extension
+
 Parameter = TypeVar("Parameter", bound=Tensor | None)
 
 
@@ -53,7 +55,10 @@ class Waiting:
 
 
 class Slot:
-    """The sum of one parameter's gradients; ``last`` hands it to autograd at the next addition."""
+    """The sum of one parameter's gradients; ``last`` hands it to autograd at the next addition.
+
+    On the CPU the extension's class of this name does the same without Python (csrc/cpu/gradient_slot.cpp).
+    """
 
     __slots__ = ("last", "leaf", "open", "parameter", "queue", "total", "waits")
 
@@ -98,6 +103,9 @@ class Slot:
         self.total = None
         return total
 
+    def close(self) -> None:
+        self.open, self.total, self.waits = False, None, False
+
 
 def _extended(part: Tensor, zeros: Tensor) -> Tensor:
     torch.ops.slimkernels.slice_accumulate_.default([zeros], [part])
@@ -105,6 +113,11 @@ def _extended(part: Tensor, zeros: Tensor) -> Tensor:
 
 
 _slots: dict[int, Slot] = {}  # by id of the parameter and of its leaf: other threads' backward finds them too
+
+
+def make_slot(parameter: Tensor, queue: Waiting) -> Slot:
+    extension = _extension._C
+    return Slot(parameter, queue) if extension is None or not parameter.is_cpu else extension.Slot(parameter)
 
 
 def slot_of(parameter: Tensor | None) -> Slot | None:
@@ -151,16 +164,17 @@ def deposit(slot: Slot | None, part: Tensor, shape: Sequence[int]) -> Tensor | N
 def gradient_slots(parameters: Iterable[Tensor]) -> Iterator[list[Slot]]:
     """Inside it the gradients of ``parameters`` add up in slots. What is in them when it is left is lost."""
     queues: dict[torch.device, Waiting] = defaultdict(Waiting)
-    found = [p for p in parameters if type(p) in (nn.Parameter, Tensor) and p.requires_grad and p.is_leaf]
-    made = [Slot(p, queues[p.device]) for p in found]
-    made = [slot for slot in made if id(slot.parameter) not in _slots]
+    made = [
+        make_slot(p, queues[p.device])
+        for p in dict.fromkeys(parameters)
+        if type(p) in (nn.Parameter, Tensor) and p.requires_grad and p.is_leaf and id(p) not in _slots
+    ]
     _slots.update({id(t): slot for slot in made for t in (slot.parameter, slot.leaf)})
     try:
         yield made
     finally:
         for slot in made:
-            slot.open = False
-            slot.total, slot.waits = None, False
+            slot.close()
             del _slots[id(slot.parameter)], _slots[id(slot.leaf)]
 
 

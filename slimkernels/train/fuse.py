@@ -1,11 +1,12 @@
-"""The fused forward that a training step runs: batch norm, residual add and activation in one operation.
+"""The fused forward that a training step runs: convolution, batch norm, residual add and activation in one operation.
 
 A network calls them one after another, and each reads and writes its whole input. The forward is traced once with
-torch.fx; where a batch norm's output goes only into an activation, or only into a sum and that into an activation, the
-traced code calls the norm with both. It reads modules and parameters from the model when it runs, so only what a trace
-bakes in is compared before every pass: the attributes of the modules that call others, and the class of every module. A
-forward that draws random numbers, makes constants, changes attributes, or cannot be traced runs as it is; so does a
-model with hooks on a module that the traced code would not call.
+torch.fx; where a batch norm's output goes only into an activation, or only into a sum and that into an activation,
+the traced code calls the norm with both, and with the convolution before it where the norm alone reads that. It reads
+modules and parameters from the model when it runs, so only what a trace bakes in is compared before every pass: the
+attributes of the modules that call others, and the class of every module. A forward that draws random numbers, makes
+constants, changes attributes, or cannot be traced runs as it is; so does a model with hooks on a module that the
+traced code would not call.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from slimkernels.elastic.parameters import SlicedParameters
 from slimkernels.elastic.transform import batch_norms
 from slimkernels.nn._base import SlimModule
 from slimkernels.ops.activation import activation as apply_activation
+from slimkernels.train.conv_norm import conv_norm, is_plain
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -56,6 +58,20 @@ def run_norm(norm: Any, x: Tensor, residual: Any, activation: str) -> Tensor:
         return norm(x, residual, activation=activation)
     y = norm(x) + residual
     return y if activation == "none" else apply_activation(y, activation)
+
+
+def run_conv_norm(conv: Any, norm: Any, x: Tensor, residual: Any, activation: str) -> Tensor:
+    """``activation(norm(conv(x)) + residual)``, as one node of autograd where ``conv_norm`` has one."""
+    y = conv_norm(conv, norm, x, residual, activation)
+    return run_norm(norm, conv(x), residual, activation) if y is None else y
+
+
+def _run(norm: Any, x: Tensor, residual: Any, activation: str) -> Tensor:
+    return run_norm(norm, x, residual, activation)
+
+
+def _run_with_conv(conv: Any, norm: Any, x: Tensor, residual: Any, activation: str) -> Tensor:
+    return run_conv_norm(conv, norm, x, residual, activation)
 
 
 class Untraceable(Exception):
@@ -96,7 +112,7 @@ class _Traced:
     def __init__(self, model: nn.Module) -> None:
         self.repeats = True  # False: running the forward changes what it depends on
         self.state = [(weakref.ref(m), *_state(m)) for m in model.modules() if m is model or not _is_leaf(m)]
-        self.modules: frozenset[str] = frozenset()  # that are part of a fused norm: hooks would see something else
+        self.modules: list[nn.Module] = []  # that are part of a fused norm: hooks would see something else
         self.run: Callable | None = None
 
     def fits(self, model: nn.Module) -> bool:
@@ -112,7 +128,7 @@ class _Traced:
     def hooked(self, model: nn.Module) -> bool:
         """Whether a hook would not be called, or would see something else."""
         inlined = any(_hooked(m) for own, *_ in self.state if (m := own()) is not None and m is not model)
-        return inlined or any(_hooked(model.get_submodule(name)) for name in self.modules)
+        return inlined or any(map(_hooked, self.modules))
 
 
 _traced: weakref.WeakKeyDictionary[nn.Module, list[_Traced]] = weakref.WeakKeyDictionary()
@@ -146,7 +162,8 @@ def _find(model: nn.Module) -> Callable | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(module.__dict__[name] for name in _HOOKS)
+    own = module.__dict__
+    return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])
 
 
 _leaves: dict[type, bool] = {}
@@ -201,7 +218,7 @@ def _trace(model: nn.Module) -> _Traced:
     fused = set() if graph is None else _fuse(graph, model, norms)
     if graph is None or not fused:
         return traced
-    traced.modules = frozenset(fused)
+    traced.modules = [model.get_submodule(name) for name in sorted(fused)]
     code = graph.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, f"<fused forward of {type(model).__name__}>", "exec"), scope)
@@ -214,10 +231,10 @@ def _fuse(graph: fx.Graph, model: nn.Module, norms: dict[str, Any]) -> set[str]:
     fused: set[str] = set()
     for node in list(graph.nodes):
         norm = norms.get(node.target) if node.op == "call_module" else None
-        if norm is None or norm.activation != "none" or len(node.args) != 1 or node.kwargs or len(node.users) != 1:
+        if norm is None or norm.activation != "none" or len(node.args) != 1 or node.kwargs or not node.users:
             continue
         last, residual = node, None
-        following = next(iter(node.users))
+        following = next(iter(node.users)) if len(node.users) == 1 else node
         if _is_add(following):
             last, residual = following, next(a for a in following.args if a is not node)
             following = next(iter(last.users)) if len(last.users) == 1 else last
@@ -226,16 +243,48 @@ def _fuse(graph: fx.Graph, model: nn.Module, norms: dict[str, Any]) -> set[str]:
             last = following
             if last.op == "call_module":
                 fused.add(str(last.target))
-        elif last is node:
+        conv = _conv_before(node, last, model)
+        if last is node and conv is None:
             continue
-        fused.add(str(node.target))
+        fused |= {str(n.target) for n in (conv, node) if n is not None}
+        # The modules themselves: finding them by name in every pass costs more than calling them. A trace fits as long as
+        # they are the model's.
+        if conv is None:
+            run, x = partial(_run, norm), node.args[0]
+        else:
+            run, x = partial(_run_with_conv, model.get_submodule(str(conv.target)), norm), conv.args[0]
+        run.__name__ = "norm" if conv is None else "conv_norm"  # type: ignore[attr-defined]
         with graph.inserting_before(last):
-            attribute = graph.create_node("get_attr", node.target)
-            new = graph.call_function(run_norm, (attribute, node.args[0], residual, activation))
+            new = graph.call_function(run, (x, residual, activation))
         last.replace_all_uses_with(new)
-        for old in _between(node, last):
+        for old in _between(conv or node, last):
             graph.erase_node(old)
     return fused
+
+
+def _conv_before(norm: fx.Node, last: fx.Node, model: nn.Module) -> fx.Node | None:
+    """The convolution that only ``norm`` reads, if it may run where ``last`` does: nothing between the two changes a
+    tensor in place."""
+    conv = norm.args[0]
+    if not isinstance(conv, fx.Node) or conv.op != "call_module" or len(conv.users) != 1:
+        return None
+    module = model.get_submodule(str(conv.target))
+    if not is_plain(module, model.get_submodule(str(norm.target))) or len(conv.args) != 1 or conv.kwargs:
+        return None
+    chain, node = _between(conv, last), conv
+    while node is not last:
+        node = node.next
+        if node not in chain and _changes_in_place(node, model):
+            return None
+    return conv
+
+
+def _changes_in_place(node: fx.Node, model: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    in_place = name.endswith("_") or node.target is operator.iadd or "out" in node.kwargs
+    return node.op in ("call_method", "call_function") and (in_place or bool(node.kwargs.get("inplace", False)))
 
 
 def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:

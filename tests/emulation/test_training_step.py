@@ -38,6 +38,7 @@ def operators(monkeypatch):
     found = Operators()
     monkeypatch.setattr(launcher, "operators", lambda: found)
     monkeypatch.setattr(launcher, "available", lambda: True)
+    monkeypatch.setattr(_slots, "make_slot", _slots.Slot)  # those of a GPU
     with registered({"slice_accumulate_": launcher.slice_accumulate_}):
         yield found
 

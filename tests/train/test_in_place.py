@@ -64,6 +64,7 @@ def test_gradients_equal_the_ordinary_way(norm, channels_last):
 
 def test_recomputed_outputs_give_the_same_bits_and_keep_less(monkeypatch):
     gradients, kept = [], []
+    monkeypatch.setattr(fuse, "conv_norm", lambda *args: None)  # what its node keeps is not seen from here
     for most in (0, 1, 2, 5):
         monkeypatch.setattr(_recipes, "MOST_NORMS", most)
         model = network()
@@ -198,17 +199,17 @@ def test_frozen_parameters_and_parameters_used_twice():
 def test_every_norm_of_a_residual_network_is_fused():
     model = network("universal")
     called = []
-    original = fuse.run_norm
+    original = fuse.run_conv_norm
 
-    def counted(norm, x, residual, activation):
+    def counted(conv, norm, x, residual, activation):
         called.append((residual is not None, activation))
-        return original(norm, x, residual, activation)
+        return original(conv, norm, x, residual, activation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse, "run_norm", counted)
+        patch.setattr(fuse, "run_conv_norm", counted)
         accumulate_passes(model, data(), F.cross_entropy, [1.0])
-    # Stem and first norms: relu; second norms: sum and relu. Shortcuts keep theirs.
-    assert sorted(called) == [(False, "relu")] * 4 + [(True, "relu")] * 3
+    # Shortcuts: nothing after them; stem and first norms: relu; second norms: sum and relu.
+    assert sorted(called) == [(False, "none")] * 2 + [(False, "relu")] * 4 + [(True, "relu")] * 3
 
 
 class Block(nn.Module):
@@ -296,6 +297,28 @@ def test_a_forward_that_a_trace_would_not_repeat_runs_as_it_is(forward):
         ordinary(other, data(), [1.0, 0.5])
     check_same_gradients(model, other)
     assert model.calls in (0, 8)
+
+
+def change_in_between(self, x):
+    x = x * 1.0
+    y = self.conv(x)
+    x.mul_(2.0)
+    return self.head(self.relu(self.norm(y) + x.mean(1, keepdim=True))).mean((2, 3))
+
+
+def nothing_in_between(self, x):
+    return self.head(self.relu(self.norm(self.conv(x)) + 1.0)).mean((2, 3))
+
+
+@pytest.mark.parametrize("forward", [change_in_between, nothing_in_between], ids=lambda f: f.__name__)
+def test_a_convolution_stays_where_its_input_changes_afterwards(forward):
+    model = block(with_attribute)
+    model.conv.padding = (1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, "forward", forward)
+        traced = fuse._trace(model)
+    assert model.norm in traced.modules
+    assert (model.conv in traced.modules) == (forward is nothing_in_between)
 
 
 def test_hooks_on_modules_are_called():
