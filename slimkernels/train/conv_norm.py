@@ -93,7 +93,8 @@ def _deposits(parameter: Tensor | None, slot: Any) -> bool:
     """Whether the node can hand over the parameter's gradient: it has none, or a slot of the extension."""
     if slot is None:
         return parameter is None or (type(parameter) is nn.Parameter and not parameter.requires_grad)
-    return type(slot) is _extension._C.Slot  # type: ignore[union-attr]
+    extension = _extension._C
+    return extension is not None and type(slot) is extension.Slot
 
 
 def _is_ready(conv: Any, norm: Any) -> bool:
