@@ -5,6 +5,7 @@
 
 import argparse
 import csv
+import statistics
 import sys
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def speech_markdown(rows: list[dict[str, str]]) -> str:
 
 
 def hyper_markdown(rows: list[dict[str, str]]) -> str:
-    """A row an arm: accuracy in percent, the mean over seeds where there are several."""
+    """A row an arm: accuracy in percent, mean and standard deviation over seeds where there are several."""
     unseen = {row["width"] for row in rows if row["trained"] == "no" and not row["arm"].endswith("sliced")}
     heads = ["arm", "seeds", *(f"{w}*" if w in unseen else w for w in HYPER_WIDTHS)]
     lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(HYPER_WIDTHS)]
@@ -84,7 +85,8 @@ def hyper_markdown(rows: list[dict[str, str]]) -> str:
         cells = []
         for width in HYPER_WIDTHS:
             found = [100 * float(row["accuracy"]) for row in of_arm if row["width"] == width]
-            cells.append(f"{sum(found) / len(found):.1f}" if found else "")
+            spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 and not arm.endswith("sliced") else ""
+            cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
         seeds = str(len({row["seed"] for row in of_arm}))
         lines.append("| " + " | ".join([arm, "" if arm.endswith("sliced") else seeds, *cells]) + " |")
     last = rows[-1]

@@ -3,6 +3,7 @@
 import datetime
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,7 +89,7 @@ def verdicts(rows: Sequence[results.Row]) -> list[str]:
 
 
 def plot(rows: Sequence[results.Row], path: Path, title: str) -> None:
-    """Accuracy over width, a line an arm; rings stand for widths that were never trained.
+    """Accuracy over width, a line an arm, the mean over seeds; rings stand for widths that were never trained.
 
     Raises: RuntimeError when matplotlib is not installed.
     """
@@ -100,8 +101,10 @@ def plot(rows: Sequence[results.Row], path: Path, title: str) -> None:
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    for arm, found in by_arm(rows).items():
-        widths, accuracy = ([float(row[key]) for row in found] for key in ("width", "accuracy"))
+    for arm, measured in by_arm(rows).items():
+        found = list({row["width"]: row for row in measured}.values())
+        widths = [float(row["width"]) for row in found]
+        accuracy = [fmean(float(r["accuracy"]) for r in measured if r["width"] == row["width"]) for row in found]
         style = {"linestyle": "--", "color": "0.6"} if arm.endswith("sliced") else {"marker": "o", "markersize": 4}
         (line,) = axes.plot(widths, accuracy, label=arm, linewidth=1.5, **style)
         unseen = [(w, a) for w, a, row in zip(widths, accuracy, found, strict=True) if row["trained"] == "no"]

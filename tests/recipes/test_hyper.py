@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from benchmarks import merge_hyper, recipe_tables
 from slimkernels.cli import app
 from slimkernels.models import CifarResNet, DigitCNN
-from slimkernels.recipes import hyper
+from slimkernels.recipes import hyper, hyper_results
 from slimkernels.recipes.data import Split, load_into, load_weights, prepared
 
 QUIET = {"console": Console(quiet=True)}
@@ -119,6 +120,32 @@ def test_held_out_images_stand_for_the_test_images(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert (len(ran[0].data.train_y), len(ran[0].data.test_y)) == (3900, 100)
     assert ran[0].data.name == "MNIST 5k, 100 training images held out"
+
+
+def run_of(seed, accuracy, arms=("residual",), steps="4"):
+    about = {"network": "net", "data": "images", "steps": steps, "batch_size": "2", "samples": "", "seed": str(seed)}
+    about |= {"train_images": "40", "test_images": "20", "note": "", "command": f"train --seed {seed}"}
+    return [
+        {**about, "arm": arm, "width": w, "trained": "no" if arm == "sliced" else "yes", "accuracy": str(accuracy)}
+        for arm in ("sliced", *arms)
+        for w in ("1", "0.5")
+    ]
+
+
+def test_merged_runs(tmp_path):
+    first, second = run_of(0, 0.5, ("residual", "alone")), run_of(1, 0.75)
+    rows = merge_hyper.merged([first, second])
+    assert [(row["arm"], row["seed"]) for row in rows[::2]] == [
+        ("sliced", "0"), ("residual", "0"), ("residual", "1"), ("alone", "0")
+    ]  # fmt: skip
+    assert "| residual | 2 | 62.5 ± 17.7 |" in recipe_tables.hyper_markdown(rows)
+    assert "| alone | 1 | 50.0 |" in recipe_tables.hyper_markdown(rows)
+    hyper_results.plot(rows, tmp_path / "plot.svg", "title")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    with pytest.raises(ValueError, match="expected each arm once a seed, got 'residual' twice, seed 0"):
+        merge_hyper.merged([first, first])
+    with pytest.raises(ValueError, match="expected runs of one steps, got 4, 5"):
+        merge_hyper.merged([first, run_of(1, 0.5, steps="5")])
 
 
 def test_errors(tmp_path):
