@@ -174,14 +174,19 @@ def move(m: Any, i: Instruction) -> None:
 
 
 def compare(m: Any, i: Instruction) -> None:
+    """``setp %p|%q``: the result and its opposite, or of two 16-bit numbers in one register that of each."""
     a, b = m.read(i.operands[1], i.type), m.read(i.operands[2], i.type)
-    if i.type in ("bf16", "f16"):
-        a, b = halves(unsigned(a), i.type)[0], halves(unsigned(b), i.type)[0]
-    result = _comparison(i.mods[0], a, b)
+    if i.type in ("bf16", "f16", "bf16x2", "f16x2"):
+        pairs = list(zip(halves(unsigned(a), i.type), halves(unsigned(b), i.type), strict=True))
+    else:
+        pairs = [(a, b)]
+    results = [_comparison(i.mods[0], *pair) for pair in pairs]
     if logic := i.first("and", "or", "xor"):
-        result = BINARY[logic](result, m.read(i.operands[3], "pred"))
-    for k, target in enumerate(i.operands[0].split("|")):
-        m.write(target.strip(), result if k == 0 else ~result)
+        results = [BINARY[logic](result, m.read(i.operands[3], "pred")) for result in results]
+    if len(results) == 1:
+        results.append(~results[0])
+    for target, result in zip(i.operands[0].split("|"), results, strict=False):
+        m.write(target.strip(), result)
 
 
 def _comparison(how: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:

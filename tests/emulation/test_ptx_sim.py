@@ -158,6 +158,19 @@ def test_sim_runs_raw_ptx_and_finds_misaligned_accesses():
         run(ptx, [buffer, 8], (1,), (32,))
 
 
+@pytest.mark.parametrize(("kind", "one"), [("f16x2", 0x3C00), ("bf16x2", 0x3F80)])
+def test_sim_compares_two_numbers_in_one_register(kind, one):
+    """``setp %p|%q`` of packed numbers: each predicate is one number's, not the other's opposite."""
+    body = (
+        "ld.param.u64 %rd1, [p]; mov.u32 %r2, %tid.x; mad.wide.u32 %rd2, %r2, 4, %rd1; ld.global.b32 %r3, [%rd2];"
+        f" mov.b32 %r4, 0; setp.gt.{kind} %p1|%p2, %r3, %r4; selp.b32 %r5, 1, 0, %p1; selp.b32 %r6, 2, 0, %p2;"
+        " or.b32 %r7, %r5, %r6; st.global.u32 [%rd2], %r7; ret; }"
+    )
+    buffer = np.array([0, one, one << 16, one | one << 16, 0x8000 | one << 16, 0x8000 | one], np.uint32)
+    run(HEADER + body, [buffer, 0], (1,), (6,))
+    assert buffer.tolist() == [0, 1, 2, 3, 2, 0]
+
+
 def test_sim_finds_barriers_that_not_all_threads_reach():
     split = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 32; @%p1 bra $A; bar.sync 0; bar.sync 0; ret; $A: bar.sync 0; "
     with pytest.raises(PTXError, match="different barriers"):
