@@ -161,9 +161,32 @@ inline void dot_tile(const T* w, int64_t ld, int64_t rows, const float* a, int64
   }
 }
 
+// The same for one row of a and rows of w that lie side by side: read in the order of memory, which the CPU fetches ahead by
+// itself faster than four rows at a time with prefetches (198 against 227 us for 7.7 MB that are in no cache).
+template <typename T>
+void dot_sequential(const T* w, int64_t rows, const float* a, int64_t k, float* c, bool add) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    const int64_t count = std::min<int64_t>(4, rows - r);
+    vf found[4] = {};
+    for (int64_t j = 0; j < count; ++j, w += k) {
+      vf s0{}, s1{}, s2{}, s3{};
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= k; i += 4 * kLanes) {
+        s0 += load(a + i) * load(w + i), s1 += load(a + i + kLanes) * load(w + i + kLanes);
+        s2 += load(a + i + 2 * kLanes) * load(w + i + 2 * kLanes), s3 += load(a + i + 3 * kLanes) * load(w + i + 3 * kLanes);
+      }
+      for (; i < k; i += kLanes) s0 += load_upto(a + i, k - i) * load_upto(w + i, k - i);
+      found[j] = (s0 + s1) + (s2 + s3);
+    }
+    const vf4 s = sums(found[0], found[1], found[2], found[3]);
+    for (int64_t j = 0; j < count; ++j) c[r + j] = (add ? c[r + j] : 0.0f) + s[j];
+  }
+}
+
 template <typename T>
 void dot_rows(const T* w, int64_t ld, int64_t rows, const float* a, int64_t lda, int64_t m, int64_t k, float* c,
               int64_t ldc, bool add) {
+  if (m == 1 && ld == k) return dot_sequential(w, rows, a, k, c, add);
   int64_t at = 0;
   for (; at + 4 <= m; at += 4) dot_tile<4>(w, ld, rows, a + at * lda, lda, k, c + at * ldc, ldc, add);
   for (; at < m; ++at) dot_tile<1>(w, ld, rows, a + at * lda, lda, k, c + at * ldc, ldc, add);

@@ -61,6 +61,8 @@ class _SlimRecurrent(SlimModule, nn.RNNBase):
     def _forward(
         self, x: Tensor | PackedSequence, states: list[Tensor | None]
     ) -> tuple[Tensor | PackedSequence, list[Tensor]]:
+        if isinstance(x, Tensor) and x.dim() == 3 and not self.batch_first:
+            return self._run(x, states, None)
         if isinstance(x, PackedSequence):
             data, batch_sizes, order, back = x
             if order is not None:
@@ -74,8 +76,6 @@ class _SlimRecurrent(SlimModule, nn.RNNBase):
         if x.dim() == 2:
             y, finals = self._run(x.unsqueeze(1), [None if s is None else s.unsqueeze(1) for s in states], None)
             return y.squeeze(1), [s.squeeze(1) for s in finals]
-        if not self.batch_first:
-            return self._run(x, states, None)
         y, finals = self._run(x.transpose(0, 1), states, None)
         return y.transpose(0, 1), finals
 

@@ -30,7 +30,8 @@ def check_layers(
             f"{op}: expected weights to hold {', '.join(map(str, counts))} tensors for each of {num_layers} layers x"
             f" {directions} directions, got {len(weights)} tensors"
         )
-    state_shape = weights[1].shape  # of every w_hh
+    shapes = [w.shape for w in weights]
+    state_shape = shapes[1]  # of every w_hh
     if len(state_shape) != 2 or state_shape[0] % gates:
         raise ValueError(f"{op}: expected w_hh of shape ({gates} * H, P), got {tuple(state_shape)}")
     rows, full_state = state_shape
@@ -51,7 +52,7 @@ def check_layers(
     bias_shape = (rows,)
     for start in range(0, len(weights), per):
         layer = start // (per * directions)
-        in_shape = weights[start].shape
+        in_shape = shapes[start]
         if len(in_shape) != 2 or in_shape[0] != rows:
             raise ValueError(f"{op}: expected w_ih of shape ({rows}, I), got {tuple(in_shape)}")
         if layer == 0:
@@ -61,9 +62,10 @@ def check_layers(
                 f"{op}: expected w_ih of layer {layer} of shape ({rows}, {directions * full_state}),"
                 f" got {tuple(in_shape)}"
             )
-        if start:
+        # Compared here first: a call costs more than the comparison, and a streaming step makes eight.
+        if shapes[start + 1] != state_shape:
             check_shape(op, "w_hh", weights[start + 1], state_shape)
-        if per >= 4:
+        if per >= 4 and (shapes[start + 2] != bias_shape or shapes[start + 3] != bias_shape):
             check_shape(op, "b_ih", weights[start + 2], bias_shape)
             check_shape(op, "b_hh", weights[start + 3], bias_shape)
         if has_proj:

@@ -49,13 +49,13 @@ def slim_gru(
     check_states(op, x, weights, (state,), (h,), num_layers * directions, batch, dropout)
     if used(x):
         return gru(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks, dropout)
-    ops, needed = torch.ops.slimkernels, grad_needed(x, state, *weights)
+    needed = grad_needed(x, state, *weights)
     if not needed and not dropout:
-        return ops.slim_gru_inference.default(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks)
+        return INFERENCE(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks)
     save = needed and not recompute
 
     def run(x, states, weights, blocks):
-        return ops.slim_gru.default(x, states[0], weights, batch_sizes, bidirectional, h, blocks, save)[:2]
+        return LAYER(x, states[0], weights, batch_sizes, bidirectional, h, blocks, save)[:2]
 
     y, h_n = run_layers(run, x, weights, (state,), num_layers, bidirectional, in_blocks, dropout)
     return y, h_n
@@ -65,8 +65,7 @@ def _inference(x, h0, weights, batch_sizes, num_layers, bidirectional, hidden_si
     """All layers, nothing kept for backward; by the op of a single layer, whatever its device has."""
 
     def run(x, states, weights, blocks):
-        layer = torch.ops.slimkernels.slim_gru.default
-        return layer(x, states[0], weights, batch_sizes, bidirectional, hidden_size, blocks, False)[:2]
+        return LAYER(x, states[0], weights, batch_sizes, bidirectional, hidden_size, blocks, False)[:2]
 
     return run_layers(run, x, weights, (h0,), num_layers, bidirectional, in_blocks)
 
@@ -155,4 +154,5 @@ define(
     default=reference.slim_gru_backward,
 )
 autograd("slim_gru", _backward, _setup_context)
+LAYER, INFERENCE = torch.ops.slimkernels.slim_gru.default, torch.ops.slimkernels.slim_gru_inference.default
 on_gpu("slim_gru_inference", gru)

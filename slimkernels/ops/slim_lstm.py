@@ -60,16 +60,14 @@ def slim_lstm(
     if used(x):
         y, h_n, c_n = lstm(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, h, p, in_blocks, dropout)
         return y, (h_n, c_n)
-    ops, needed = torch.ops.slimkernels, grad_needed(x, h0, c0, *weights)
+    needed = grad_needed(x, h0, c0, *weights)
     if not needed and not dropout:
-        y, h_n, c_n = ops.slim_lstm_inference.default(
-            x, h0, c0, weights, batch_sizes, num_layers, bidirectional, h, p, in_blocks
-        )
+        y, h_n, c_n = INFERENCE(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, h, p, in_blocks)
         return y, (h_n, c_n)
     save = needed and not recompute
 
     def run(x, states, weights, blocks):
-        return ops.slim_lstm.default(x, *states, weights, batch_sizes, bidirectional, h, p, blocks, save)[:3]
+        return LAYER(x, *states, weights, batch_sizes, bidirectional, h, p, blocks, save)[:3]
 
     y, h_n, c_n = run_layers(run, x, weights, (h0, c0), num_layers, bidirectional, in_blocks, dropout)
     return y, (h_n, c_n)
@@ -79,8 +77,7 @@ def _inference(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, hidde
     """All layers, nothing kept for backward; by the op of a single layer, whatever its device has."""
 
     def run(x, states, weights, blocks):
-        layer = torch.ops.slimkernels.slim_lstm.default
-        return layer(x, *states, weights, batch_sizes, bidirectional, hidden_size, proj_size, blocks, False)[:3]
+        return LAYER(x, *states, weights, batch_sizes, bidirectional, hidden_size, proj_size, blocks, False)[:3]
 
     return run_layers(run, x, weights, (h0, c0), num_layers, bidirectional, in_blocks)
 
@@ -167,4 +164,5 @@ define(
     default=reference.slim_lstm_backward,
 )
 autograd("slim_lstm", _backward, _setup_context)
+LAYER, INFERENCE = torch.ops.slimkernels.slim_lstm.default, torch.ops.slimkernels.slim_lstm_inference.default
 on_gpu("slim_lstm_inference", lstm)
