@@ -13,7 +13,8 @@ def cases(quick: bool) -> Iterator[Case]:
     for width in (0.25, 1.0) if quick else (0.25, 0.5, 0.75, 1.0):
         layer = Layer("GRU", 400, 400, 2, False, width)
         size = f"I{layer.inputs}-H{layer.hidden}-L2"
-        batch = partial(build, layer, 200, 8)
-        yield Case("NSNet2", width, f"T200-B8-{size}", torch.float32, batch, ("forward", "full"))
-        stream = partial(build, layer, 1, 1, state=True)
-        yield Case("NSNet2-stream", width, f"T1-B1-{size}", torch.float32, stream, ("forward",))
+        for dtype in (torch.float32, torch.bfloat16) if width in (0.25, 1.0) else (torch.float32,):
+            batch = partial(build, layer, 200, 8, dtype)
+            yield Case("NSNet2", width, f"T200-B8-{size}", dtype, batch, ("forward", "full"))
+            stream = partial(build, layer, 1, 1, dtype, state=True)
+            yield Case("NSNet2-stream", width, f"T1-B1-{size}", dtype, stream, ("forward",))

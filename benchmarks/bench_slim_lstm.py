@@ -17,4 +17,6 @@ def cases(quick: bool) -> Iterator[Case]:
         for width in (0.25, 1.0) if quick else (0.25, 0.5, 0.75, 1.0):
             layer = Layer("LSTM", 128, 256, 1, True, width)
             name = f"T{steps}-B{batch}-I{layer.inputs}-H{layer.hidden}x2"
-            yield Case(net, width, name, torch.float32, partial(build, layer, steps, batch), ("forward", "full"))
+            dtypes = (torch.float32, torch.bfloat16) if width in (0.25, 1.0) else (torch.float32,)
+            for dtype in dtypes:
+                yield Case(net, width, name, dtype, partial(build, layer, steps, batch, dtype), ("forward", "full"))

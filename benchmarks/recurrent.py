@@ -72,7 +72,7 @@ class Sliced(nn.Module):
         return _VF.gru(x, state, weights, True, layer.layers, 0.0, self.training, layer.bidirectional, False)
 
 
-def build(layer: Layer, steps: int, batch: int, state: bool = False) -> Problem:
+def build(layer: Layer, steps: int, batch: int, dtype: torch.dtype = torch.float32, state: bool = False) -> Problem:
     make = {"bidirectional": layer.bidirectional}
     slim, torchs = (SlimLSTM, nn.LSTM) if layer.kind == "LSTM" else (SlimGRU, nn.GRU)
     ours = slim(layer.full_inputs, layer.full_hidden, layer.layers, **make)
@@ -87,7 +87,8 @@ def build(layer: Layer, steps: int, batch: int, state: bool = False) -> Problem:
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             parameter.copy_(cut(full[name], parameter))
-    inputs: tuple[Tensor, ...] = (torch.randn(steps, batch, layer.inputs, requires_grad=True),)
+    inputs: tuple[Tensor, ...] = (torch.randn(steps, batch, layer.inputs, dtype=dtype, requires_grad=True),)
     if state:
-        inputs += (torch.randn(layer.layers * layer.directions, batch, layer.hidden),)
-    return Problem(ours, plain, Sliced(layer, ours), inputs, cut)
+        inputs += (torch.randn(layer.layers * layer.directions, batch, layer.hidden, dtype=dtype),)
+    sliced = Sliced(layer, ours)
+    return Problem(ours.to(dtype), plain.to(dtype), sliced.to(dtype), inputs, cut)
