@@ -1,41 +1,60 @@
 // inr_weights forward and backward over a range of tiles; one call a thread.
+namespace inr {
+
 #include "inr_weights_parts-inl.h"
 
 // Everything one thread works with.
 template <typename T>
 struct Worker {
+  static constexpr bool wide = std::is_same_v<T, float>;
+
   const InrPlan& p;
   const bool training;
   Network<T> net;
   Tables tables, d_tables;
-  Buffer<float> h, z, first_z, out, dense, kept, dh, dz, dz_t, dw, dw_t, samples, encoded_t;
-  Buffer<T> operand, dz_operand, dz_t_operand, rows_operand;
-  int64_t hp, first_n = 0, count = 0, padded = 0;
+  Buffer<float> h, z, first, out, dense, dh, dz, dw, samples;
+  Buffer<T> operand, pairs, dz_operand, dz_pairs, kept;
+  int64_t hp, row, first_n = 0, count = 0, padded = 0;
 
-  Worker(const InrPlan& plan, bool backward) : p(plan), training(backward), hp(plan.padded) {
-    const int64_t size = kInrTile * hp, layers = backward ? p.depth + 1 : 1;
-    h.resize(layers * size), z.resize(size), out.resize(kInrTile * p.padded_out);
-    if constexpr (!std::is_same_v<T, float>) operand.resize(size);
-    if (p.noise == InrNoise::kElement) dense.resize(kInrTile * kInrAxes * p.encoded()), first_z.resize(size);
-    if (!backward) return;
-    first_z.resize(size), kept.resize(p.depth * size), dh.resize(size), dz.resize(size);
-    dw.resize(kInrTile * p.padded_out), dw_t.resize(kInrTile * p.padded_out);
-    if constexpr (std::is_same_v<T, float>) {
-      dz_t.resize(size);
+  Worker(const InrPlan& plan, bool backward)
+      : p(plan), training(backward), hp(plan.padded), row(Activations<T>::row(hp)) {
+    const int64_t size = p.tile * row, operand_size = p.tile * Activations<T>::operand_row(hp);
+    h.resize(size * (!wide ? 1 : training ? p.depth + 1 : 2));
+    z.resize(kRows * kPanel), out.resize(p.tile * p.padded_out);
+    if constexpr (!wide) operand.resize(2 * operand_size);
+    if (p.noise == InrNoise::kElement) dense.resize(p.tile * kInrAxes * p.encoded());
+    if (training || p.noise == InrNoise::kElement) first.resize(size);
+    if (!training) return;
+    dh.resize(size), dw.resize(p.tile * p.padded_out);
+    if constexpr (wide) {
+      dz.resize(2 * size);
     } else {
-      dz_operand.resize(size), dz_t_operand.resize(size), rows_operand.resize(size);
+      dz_operand.resize(2 * operand_size), dz_pairs.resize(size), pairs.resize(p.depth * size);
     }
-    if (p.noise == InrNoise::kElement) encoded_t.resize(kInrTile * kInrAxes * p.encoded());
   }
 
-  float* layer(int64_t k) { return h.data() + (training ? k * kInrTile * hp : 0); }
-  const T* as_operand(float* x) {
-    if constexpr (std::is_same_v<T, float>) {
-      return x;
+  // The input of hidden layer k, or the output of the last.
+  Activations<T> layer(int64_t k) {
+    Activations<T> found;
+    found.size = hp, found.h = h.data();
+    if constexpr (wide) {
+      found.h += (training ? k : k % 2) * p.tile * row;
     } else {
-      for (int64_t i = 0; i < padded * hp; i += kLanes) store(operand.data() + i, load(x + i));
-      return operand.data();
+      found.operand = operand.data() + k % 2 * p.tile * Activations<T>::operand_row(hp);
+      if (training && k < p.depth) found.pairs = pairs.data() + k * p.tile * row;
     }
+    return found;
+  }
+  // The gradient at the input of the activation of layer k.
+  Activations<T> d_layer(int64_t k) {
+    Activations<T> found;
+    found.size = hp;
+    if constexpr (wide) {
+      found.h = dz.data() + k % 2 * p.tile * row;
+    } else {
+      found.operand = dz_operand.data() + k % 2 * p.tile * Activations<T>::operand_row(hp), found.pairs = dz_pairs.data();
+    }
+    return found;
   }
 
   void start(const InrJob& job, int64_t sample) {
@@ -49,59 +68,60 @@ struct Worker {
           encode(p, inr_value(p, job, axis, position, offset(n)), dense.data() + i * width + axis * x);
         }
       }
-      std::memset(dense.data() + count * width, 0, (padded - count) * width * sizeof(float));
-      gemm(padded, hp, width, dense.data(), width, net.w_in.data(), hp, first_z.data(), hp, false);
+      product<float>(count, hp, {width, dense.data(), width, 1, net.w_in.data(), hp, first.data(), row, false});
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = 0; j < hp; ++j) first_z[i * hp + j] += net.b_in[j];
+        for (int64_t j = 0; j < hp; ++j) first[i * row + j] += net.b_in[j];
       }
-      sums = first_z.data();
+      sums = first.data();
     }
-    float* keep_z = training && !p.by_output && !sums ? first_z.data() : nullptr;
+    float* keep = training ? first.data() : nullptr;
     SK_SWITCH_ACTIVATION(p.activation,
-                         [&] { first_layer<act>(tables, first_n, count, padded, hp, sums, layer(0), keep_z); });
+                         [&] { first_layer<act>(tables, first_n, count, padded, hp, sums, layer(0), keep); });
   }
 
-  // The hidden layers; `saved` (may be null) receives what backward needs.
-  void hidden(T* saved) {
-    const T* x = as_operand(layer(0));
-    const int64_t stride = p.depth * p.hidden;
-    for (int64_t k = 0; k < p.depth; ++k) {
-      gemm(padded, hp, hp, x, hp, net.forward.data() + k * hp * hp, hp, z.data(), hp, false);
-      float* keep = training ? kept.data() + k * kInrTile * hp : nullptr;
-      T* save = saved ? saved + k * p.hidden : nullptr;
-      const float s = p.skip[net.mlp * p.depth + k];
-      SK_SWITCH_ACTIVATION(p.activation, [&] {
-        residual_layer<act, T>(z.data(), net.b_hidden.data() + k * hp, s, layer(k), layer(k + 1), operand.data(), keep,
-                               save, stride, p.hidden, count, padded, hp);
-      });
-      if constexpr (std::is_same_v<T, float>) x = layer(k + 1);
+  // fn(first row, first column) after z or c holds that block of the left operand times a layer's packed weight.
+  template <typename Fn>
+  void each_block(const Activations<T>& left, const T* packed, float* c, int64_t c_row, bool add, const Fn& fn) {
+    const int64_t steps = hp / kUnit<T>, a_row = left.left_row();
+    for (int64_t j = 0; j < hp; j += kPanel, packed += hp * kPanel) {
+      for (int64_t i = 0; i < padded; i += kRows) {
+        const T* a = left.left() + i * a_row * kUnit<T>;
+        product_tile<T, kRows, 2>({steps, a, a_row, 1, packed, kPanel, add ? c + i * c_row + j : c, c_row, add});
+        fn(i, j);
+      }
     }
   }
 
-  // The same from what forward saved.
-  void restore(const T* saved) {
-    const int64_t stride = p.depth * p.hidden;
+  // The hidden layers; `keep` (may hold nothing) receives what backward needs, a layer every `step` numbers.
+  void hidden(const Kept<T>& keep, int64_t step) {
     for (int64_t k = 0; k < p.depth; ++k) {
-      float* keep = kept.data() + k * kInrTile * hp;
-      const float s = p.skip[net.mlp * p.depth + k];
+      const Activations<T> from = layer(k), to = layer(k + 1);
+      const Kept<T> kept_here = keep.at(k, step);
+      const float s = p.skip[net.mlp * p.depth + k], *bias = net.b_hidden.data() + k * hp;
       SK_SWITCH_ACTIVATION(p.activation, [&] {
-        for (int64_t i = 0; i < padded; ++i) {
-          const T* row = saved + i * stride + k * p.hidden;
-          for (int64_t j = 0; j < hp; j += kLanes) {
-            const int64_t n = i < count ? std::min<int64_t>(kLanes, p.hidden - j) : 0, at = i * hp + j;
-            const vf v = n >= kLanes ? load(row + j) : n > 0 ? load_first(row + j, n) : splat(0.0f);
-            store(keep + at, v);
-            store(layer(k + 1) + at, load(layer(k) + at) + s * (derivative_uses_output(act) ? v : activate<act>(v)));
-          }
-        }
+        each_block(from, net.forward.data() + k * hp * hp, z.data(), kPanel, false, [&](int64_t i, int64_t j) {
+          residual_block<act, T>(z.data(), bias, s, from.h, to, kept_here, i, j);
+        });
+      });
+    }
+  }
+
+  // The same from what forward saved. Left operands are needed of the last layer only.
+  void restore(const Kept<T>& keep, int64_t step) {
+    for (int64_t k = 0; k < p.depth; ++k) {
+      Activations<T> to = layer(k + 1);
+      if (!wide && k + 1 < p.depth) to.operand = nullptr;
+      SK_SWITCH_ACTIVATION(p.activation, [&] {
+        restored_layer<act, T>(keep.at(k, step), p.skip[net.mlp * p.depth + k], layer(k).h, to, padded);
       });
     }
   }
 
   void output(const InrJob& job) {
-    const T* x = as_operand(layer(p.depth));
-    const T* w = net.w_out_t.data() + job.first_out * (std::is_same_v<T, float> ? 1 : 2);
-    gemm(padded, job.emitted, hp, x, hp, w, p.padded_out, out.data(), p.padded_out, false);
+    const Activations<T> x = layer(p.depth);
+    const T* w = net.w_out_t.data() + job.first_out * kUnit<T>;
+    const int64_t steps = hp / kUnit<T>, po = p.padded_out;
+    product<T>(padded, job.emitted, {steps, x.left(), x.left_row(), 1, w, po, out.data(), po, false});
   }
 
   // fn(offset in the flat result, output row of the tile, element of the coordinate, output and input channel, kernel
@@ -124,7 +144,13 @@ struct Worker {
   }
 
   void set_tile(int64_t n, int64_t end) {
-    first_n = n, count = std::min(kInrTile, end - n), padded = round_up(count, 16);
+    first_n = n, count = std::min(p.tile, end - n), padded = round_up(count, kRows);
+  }
+
+  // Of the tile: what forward saves for all jobs in rows of all layers.
+  Kept<T> saved_rows(T* saved, const InrJob& job, int64_t sample) const {
+    const int64_t size = p.depth * p.hidden;
+    return {saved ? saved + job.saved_start + (sample * job.points + first_n) * size : nullptr, size, p.hidden, count};
   }
 
   void forward_job(const InrJob& job, int64_t begin, int64_t end, float* weights, T* saved) {
@@ -139,10 +165,10 @@ struct Worker {
       if (p.noise != InrNoise::kElement) {
         tables.build(p, job, net, p.first_sample + k, begin / job.cols, (end - 1) / job.cols + 1);
       }
-      for (int64_t n = begin; n < end; n += kInrTile) {
+      for (int64_t n = begin; n < end; n += p.tile) {
         set_tile(n, end);
         start(job, p.first_sample + k);
-        hidden(saved ? saved + job.saved_start + (k * job.points + n) * p.depth * p.hidden : nullptr);
+        hidden(saved_rows(saved, job, k), p.hidden);
         output(job);
         float* total = samples.data() + (n - begin) * job.emitted;
         if (p.samples > 1) {
@@ -163,8 +189,17 @@ struct Worker {
   // Adds to the gradients of the tile's network; returns the gradient of the job's scale.
   double backward_tile(const InrJob& job, int64_t sample, const float* dy, const T* saved, bool need_scale,
                        InrGradients& g) {
-    start(job, sample);
-    saved ? restore(saved) : hidden(nullptr);
+    Kept<T> keep = saved_rows(const_cast<T*>(saved), job, sample);  // only read
+    int64_t step = p.hidden;
+    start(job, p.first_sample + sample);
+    if (saved) {
+      restore(keep, step);
+    } else {
+      step = p.tile * hp;
+      kept.resize(p.depth * step);
+      keep = {kept.data(), hp, hp, count};
+      hidden(keep, step);
+    }
     const float over = 1.0f / (float(job.c_in) * float(p.samples));
     const int64_t po = p.padded_out;
     std::memset(dw.data(), 0, padded * po * sizeof(float));
@@ -185,46 +220,45 @@ struct Worker {
         g.b_out[job.first_out + q] += dw[i * po + q];
       }
     }
-    transpose(dw.data(), padded, po, po, dw_t.data(), kInrTile);
-    gemm(job.emitted, hp, padded, dw_t.data(), kInrTile, layer(p.depth), hp, g.w_out.data() + job.first_out * hp, hp,
-         true);
-    gemm(padded, hp, job.emitted, dw.data(), po, net.w_out.data() + job.first_out * hp, hp, dh.data(), hp, false);
-    for (int64_t k = p.depth - 1; k >= 0; --k) {
-      const float s = p.skip[net.mlp * p.depth + k];
-      SK_SWITCH_ACTIVATION(p.activation, [&] {
-        g.skip[k] += residual_layer_backward<act, T>(dh.data(), kept.data() + k * kInrTile * hp, s, dz.data(),
-                                                     dz_operand.data(), g.b_hidden.data() + k * hp, count, padded, hp);
-      });
-      float* dw_hidden = g.w_hidden.data() + k * hp * hp;
-      const T* w = net.backward.data() + k * hp * hp;
-      if constexpr (std::is_same_v<T, float>) {
-        transpose(dz.data(), padded, hp, hp, dz_t.data(), kInrTile);
-        gemm(hp, hp, padded, dz_t.data(), kInrTile, layer(k), hp, dw_hidden, hp, true);
-        gemm(padded, hp, hp, dz.data(), hp, w, hp, dh.data(), hp, true);
-      } else {
-        transpose(dz.data(), padded, hp, hp, dz_t_operand.data(), kInrTile);
-        pack_rows(layer(k), padded, hp, rows_operand.data());
-        gemm(hp, hp, padded, dz_t_operand.data(), kInrTile, rows_operand.data(), hp, dw_hidden, hp, true);
-        gemm(padded, hp, hp, dz_operand.data(), hp, w, hp, dh.data(), hp, true);
-      }
-    }
+    const int64_t at = job.first_out * hp;
+    const float* last = layer(p.depth).h;
+    product<float>(job.emitted, hp, {padded, dw.data(), 1, po, last, row, g.w_out.data() + at, hp, true});
+    product<float>(padded, hp, {job.emitted, dw.data(), po, 1, net.w_out.data() + at, hp, dh.data(), row, false});
+    SK_SWITCH_ACTIVATION(p.activation, [&] { backward_hidden<act>(keep, step, g); });
     first_layer_backward(job, g);
     return dscale;
   }
 
+  template <Activation act>
+  void backward_hidden(const Kept<T>& keep, int64_t step, InrGradients& g) {
+    const auto block = [&](int64_t k, int64_t i, int64_t j) {
+      g.skip[k] += residual_block_backward<act, T>(dh.data(), keep.at(k, step), p.skip[net.mlp * p.depth + k],
+                                                   d_layer(k), g.b_hidden.data() + k * hp, i, j);
+    };
+    for (int64_t j = 0; j < hp && p.depth > 0; j += kPanel) {
+      for (int64_t i = 0; i < padded; i += kRows) block(p.depth - 1, i, j);
+    }
+    for (int64_t k = p.depth - 1; k >= 0; --k) {
+      const Activations<T> dz_k = d_layer(k), h_k = layer(k);
+      float* dw_hidden = g.w_hidden.data() + k * hp * hp;
+      product<T>(hp, hp, {padded / kUnit<T>, dz_k.over_rows(), 1, row, h_k.over_rows(), row, dw_hidden, hp, true});
+      each_block(dz_k, net.backward.data() + k * hp * hp, dh.data(), row, true, [&](int64_t i, int64_t j) {
+        if (k > 0) block(k - 1, i, j);
+      });
+    }
+  }
+
   void first_layer_backward(const InrJob& job, InrGradients& g) {
     const bool element = p.noise == InrNoise::kElement;
-    const float* from = p.by_output ? layer(0) : first_z.data();
     SK_SWITCH_ACTIVATION(p.activation, [&] {
-      for (int64_t i = 0; i < padded; ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         const int64_t n = first_n + i;
         float* a = element ? g.b_in.data() : d_tables.a.data() + (n / job.cols - tables.first) * hp;
         float* b = element ? nullptr : d_tables.b.data() + n % job.cols * hp;
         for (int64_t j = 0; j < hp; j += kLanes) {
-          const int64_t at = i * hp + j;
-          const vf d = i < count ? load(dh.data() + at) * activation_derivative<act>(load(from + at)) : splat(0.0f);
-          if (element) store(dz.data() + at, d);
-          if (i >= count) continue;
+          const int64_t at = i * row + j;
+          const vf d = load(dh.data() + at) * activation_derivative<act>(load(first.data() + at));
+          if (element) store(dh.data() + at, d);
           store(a + j, load(a + j) + d);
           if (b) store(b + j, load(b + j) + d);
         }
@@ -232,30 +266,15 @@ struct Worker {
     });
     if (!element) return;
     const int64_t width = kInrAxes * p.encoded();
-    for (int64_t i = 0; i < padded; ++i) {
-      for (int64_t t = 0; t < width; ++t) encoded_t[t * kInrTile + i] = dense[i * width + t];
-    }
-    gemm(width, hp, padded, encoded_t.data(), kInrTile, dz.data(), hp, g.w_in.data(), hp, true);
-  }
-
-  // dw += encoded^T d_table
-  void add_table_gradient(const float* encoded, const float* d_table, int64_t n, float* dw_axis) {
-    const int64_t x = p.encoded();
-    encoded_t.resize(64 * x);
-    for (int64_t i = 0; i < n; i += 64) {
-      const int64_t m = std::min<int64_t>(64, n - i);
-      for (int64_t r = 0; r < m; ++r) {
-        for (int64_t t = 0; t < x; ++t) encoded_t[t * 64 + r] = encoded[(i + r) * x + t];
-      }
-      gemm(x, hp, m, encoded_t.data(), 64, d_table + i * hp, hp, dw_axis, hp, true);
-    }
+    product<float>(width, hp, {count, dense.data(), 1, width, dh.data(), row, g.w_in.data(), hp, true});
   }
 
   void fold_tables(InrGradients& g) {
     const int64_t x = p.encoded();
-    add_table_gradient(tables.encoded_a.data(), d_tables.a.data(), round_up(tables.rows, 16), g.w_in.data() + x * hp);
-    add_table_gradient(tables.encoded_b.data(), d_tables.b.data(), round_up(tables.cols, 16),
-                       g.w_in.data() + 2 * x * hp);
+    float* dw_in = g.w_in.data();
+    product<float>(x, hp, {tables.rows, tables.encoded_a.data(), 1, x, d_tables.a.data(), hp, dw_in + x * hp, hp, true});
+    product<float>(x, hp,
+                   {tables.cols, tables.encoded_b.data(), 1, x, d_tables.b.data(), hp, dw_in + 2 * x * hp, hp, true});
     std::vector<float> total(hp, 0.0f);
     for (int64_t i = 0; i < tables.rows; ++i) {
       for (int64_t j = 0; j < hp; ++j) total[j] += d_tables.a[i * hp + j];
@@ -264,7 +283,7 @@ struct Worker {
     for (int64_t axis : {0, 3, 4, 5}) {
       for (int64_t t = 0; t < x; ++t) {
         const float e = tables.encoded_scalar[axis * x + t];
-        float* to = g.w_in.data() + (axis * x + t) * hp;
+        float* to = dw_in + (axis * x + t) * hp;
         for (int64_t j = 0; j < hp; ++j) to[j] += e * total[j];
       }
     }
@@ -279,14 +298,13 @@ struct Worker {
       if (!element) {
         tables.build(p, job, net, p.first_sample + k, begin / job.cols, (end - 1) / job.cols + 1);
         for (auto [table, n] : {std::pair{&d_tables.a, tables.rows}, std::pair{&d_tables.b, tables.cols}}) {
-          table->resize(round_up(n, 16) * hp);
-          std::memset(table->data(), 0, round_up(n, 16) * hp * sizeof(float));
+          table->resize(n * hp);
+          std::memset(table->data(), 0, n * hp * sizeof(float));
         }
       }
-      for (int64_t n = begin; n < end; n += kInrTile) {
+      for (int64_t n = begin; n < end; n += p.tile) {
         set_tile(n, end);
-        const T* from = saved ? saved + job.saved_start + (k * job.points + n) * p.depth * p.hidden : nullptr;
-        dscale += backward_tile(job, p.first_sample + k, dy, from, need_scale, g);
+        dscale += backward_tile(job, k, dy, saved, need_scale, g);
       }
       if (!element) fold_tables(g);
     }
@@ -300,7 +318,7 @@ void each_job(const InrPlan& p, int64_t first, int64_t last, const Fn& fn) {
   for (size_t j = 0; j < p.jobs.size(); ++j) {
     const int64_t from = std::max(first, p.tile_begin[j]), to = std::min(last, p.tile_begin[j + 1]);
     if (from >= to) continue;
-    fn(p.jobs[j], (from - p.tile_begin[j]) * kInrTile, std::min((to - p.tile_begin[j]) * kInrTile, p.jobs[j].points));
+    fn(p.jobs[j], (from - p.tile_begin[j]) * p.tile, std::min((to - p.tile_begin[j]) * p.tile, p.jobs[j].points));
   }
 }
 
@@ -334,3 +352,5 @@ void inr_backward(const InrPlan& p, const float* dy, const T* saved, bool need_s
   });
   finish();
 }
+
+}  // namespace inr

@@ -1,7 +1,5 @@
 #include "inr_weights.h"
 
-#include <ATen/Context.h>
-#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -17,49 +15,11 @@
 
 #include "reference_call.h"
 
+#define SK_INL "inr_weights-inl.h"
+#include "foreach_isa.h"
+
 namespace slimkernels {
 namespace {
-
-void clear_gradients(const InrPlan& p, int64_t mlp, InrGradients& g) {
-  g.mlp = mlp;
-  const int64_t hp = p.padded;
-  const auto zeros = [](Buffer<float>& buffer, int64_t size) {
-    buffer.resize(size);
-    std::fill_n(buffer.data(), size, 0.0f);
-  };
-  zeros(g.w_in, kInrAxes * p.encoded() * hp);
-  zeros(g.b_in, hp);
-  zeros(g.w_hidden, p.depth * hp * hp);
-  zeros(g.b_hidden, p.depth * hp);
-  zeros(g.w_out, p.outputs * hp);
-  zeros(g.b_out, p.padded_out);
-  g.skip.assign(p.depth, 0.0);
-}
-
-void flush_gradients(const InrPlan& p, const InrGradients& g, const InrGradientOutputs& out) {
-  const int64_t h = p.hidden, hp = p.padded, x = p.encoded(), d = p.depth;
-  float* w_in = out.w_in + g.mlp * h * p.inputs;
-  for (int64_t j0 = 0; j0 < h; j0 += 16) {
-    for (int64_t axis = 0; axis < kInrAxes; ++axis) {
-      for (int64_t t = 0; t < x; ++t) {
-        float* column = w_in + p.column(axis, t);
-        for (int64_t j = j0; j < std::min(h, j0 + 16); ++j) column[j * p.inputs] = g.w_in[(axis * x + t) * hp + j];
-      }
-    }
-  }
-  std::copy_n(g.b_in.data(), h, out.b_in + g.mlp * h);
-  for (int64_t i = 0; i < d * h; ++i) {
-    std::copy_n(g.w_hidden.data() + (i / h * hp + i % h) * hp, h, out.w_hidden + (g.mlp * d * h + i) * h);
-  }
-  for (int64_t k = 0; k < d; ++k) {
-    std::copy_n(g.b_hidden.data() + k * hp, h, out.b_hidden + (g.mlp * d + k) * h);
-    out.skip[g.mlp * d + k] = static_cast<float>(g.skip[k]);
-  }
-  for (int64_t o = 0; o < p.outputs; ++o) {
-    std::copy_n(g.w_out.data() + o * hp, h, out.w_out + (g.mlp * p.outputs + o) * h);
-  }
-  std::copy_n(g.b_out.data(), p.outputs, out.b_out + g.mlp * p.outputs);
-}
 
 void add_gradients(const InrPlan& p, const InrGradients& from, InrGradients& to) {
   const int64_t hp = p.padded;
@@ -75,15 +35,6 @@ void add_gradients(const InrPlan& p, const InrGradients& from, InrGradients& to)
   for (int64_t k = 0; k < p.depth; ++k) to.skip[k] += from.skip[k];
 }
 
-}  // namespace
-}  // namespace slimkernels
-
-#define SK_INL "inr_weights-inl.h"
-#include "foreach_isa.h"
-
-namespace slimkernels {
-namespace {
-
 constexpr int64_t kSpec = 7;  // integers a tensor, as the reference packs them
 
 // The parameters as the kernel reads them: float32, but for the hidden weights when they are multiplied in 16 bits.
@@ -91,15 +42,6 @@ struct Operands {
   at::Tensor w_in, b_in, w_hidden, b_hidden, skip, w_out, b_out;
   bool half_products;
 };
-
-bool multiplies_bfloat16() {
-#if defined(__x86_64__)
-  static const bool supported = __builtin_cpu_supports("avx512bf16");
-  return supported && current_isa() == Isa::kAvx512 && at::globalContext().userEnabledMkldnn();
-#else
-  return false;
-#endif
-}
 
 Operands operands(const at::Tensor& w_in, const at::Tensor& b_in, const at::Tensor& w_hidden,
                   const at::Tensor& b_hidden, const at::Tensor& skip, const at::Tensor& w_out,
@@ -120,7 +62,7 @@ Operands operands(const at::Tensor& w_in, const at::Tensor& b_in, const at::Tens
   check("skip", skip, {p, d});
   check("w_out", w_out, {p, o, h});
   check("b_out", b_out, {p, o});
-  const bool half_products = w_in.scalar_type() == at::kBFloat16 && multiplies_bfloat16();
+  const bool half_products = w_in.scalar_type() == at::kBFloat16 && inr_bfloat16_kernels() != nullptr;
   const auto wide = [](const at::Tensor& t) { return t.to(at::kFloat).contiguous(); };
   return {wide(w_in),     wide(b_in),   half_products ? w_hidden.contiguous() : wide(w_hidden),
           wide(b_hidden), wide(skip),   wide(w_out),
@@ -134,7 +76,7 @@ InrPlan make_plan(const Operands& x, at::IntArrayRef active, at::IntArrayRef spe
   p.mlps = x.w_in.size(0), p.hidden = x.w_in.size(1), p.inputs = x.w_in.size(2), p.depth = x.skip.size(1);
   p.outputs = x.w_out.size(1);
   p.bands = (p.inputs - kInrAxes) / (2 * kInrAxes);
-  p.padded = round_up(p.hidden, 16), p.padded_out = round_up(p.outputs, 16);
+  p.padded = round_up(p.hidden, 32), p.padded_out = round_up(p.outputs, 16);
   p.samples = samples, p.first_sample = first_sample, p.seed = seed ? seed->item<int64_t>() : 0;
   TORCH_CHECK_VALUE(samples >= 1, "inr_weights: expected samples >= 1, got ", samples);
   TORCH_CHECK_VALUE(noise == "none" || noise == "axis" || noise == "element",
@@ -223,7 +165,7 @@ int64_t schedule(InrPlan& p) {
   for (const InrJob& job : p.jobs) {
     p.tile_begin.push_back(tiles);
     if (p.mlp_first[job.mlp] < 0) p.mlp_first[job.mlp] = tiles;
-    tiles += (job.points + kInrTile - 1) / kInrTile;
+    tiles += (job.points + p.tile - 1) / p.tile;
     p.mlp_last[job.mlp] = tiles - 1;
   }
   p.tile_begin.push_back(tiles);
@@ -267,9 +209,9 @@ std::tuple<at::Tensor, at::Tensor> inr_weights_cpu(
   in_parts(count_parts(tiles), tiles, [&](int64_t, int64_t begin, int64_t end) {
     float* to = weights.data_ptr<float>();
     if (x.half_products) {
-      SK_CALL_ISA(inr_forward<c10::BFloat16>, p, to, save ? saved.data_ptr<c10::BFloat16>() : nullptr, begin, end);
+      inr_bfloat16_kernels()->forward(p, to, save ? saved.data_ptr<c10::BFloat16>() : nullptr, begin, end);
     } else {
-      SK_CALL_ISA(inr_forward<float>, p, to, save ? saved.data_ptr<float>() : nullptr, begin, end);
+      SK_CALL_ISA(inr::inr_forward<float>, p, to, save ? saved.data_ptr<float>() : nullptr, begin, end);
     }
   });
   return {weights.to(dtype), saved.to(w_in.scalar_type())};
@@ -296,6 +238,7 @@ inr_weights_backward_cpu(const at::Tensor& dy, const at::Tensor& w_in, const at:
                     ",), got ", dy.sizes());
   TORCH_CHECK_VALUE(saved.numel() == 0 || saved.numel() == saved_size, "inr_weights_backward: expected saved of ",
                     saved_size, " elements, got ", saved.numel());
+  p.tile = kInrTileTraining;
   const int64_t tiles = schedule(p);
   const at::Tensor dy_wide = dy.to(at::kFloat).contiguous();
   const at::Tensor kept = saved.to(x.w_hidden.scalar_type()).contiguous();
@@ -312,10 +255,10 @@ inr_weights_backward_cpu(const at::Tensor& dy, const at::Tensor& w_in, const at:
   in_parts(parts, tiles, [&](int64_t part, int64_t begin, int64_t end) {
     const float* from = dy_wide.const_data_ptr<float>();
     if (x.half_products) {
-      SK_CALL_ISA(inr_backward<c10::BFloat16>, p, from, reuse ? kept.const_data_ptr<c10::BFloat16>() : nullptr,
-                  scale.has_value(), begin, end, dscale[part].data(), out, shared[part]);
+      inr_bfloat16_kernels()->backward(p, from, reuse ? kept.const_data_ptr<c10::BFloat16>() : nullptr,
+                                       scale.has_value(), begin, end, dscale[part].data(), out, shared[part]);
     } else {
-      SK_CALL_ISA(inr_backward<float>, p, from, reuse ? kept.const_data_ptr<float>() : nullptr, scale.has_value(),
+      SK_CALL_ISA(inr::inr_backward<float>, p, from, reuse ? kept.const_data_ptr<float>() : nullptr, scale.has_value(),
                   begin, end, dscale[part].data(), out, shared[part]);
     }
   });

@@ -10,7 +10,8 @@
 namespace slimkernels {
 
 constexpr int64_t kInrAxes = 6;
-constexpr int64_t kInrTile = 128;  // coordinates evaluated together; their activations stay in L2
+// Coordinates evaluated together: their activations stay in second-level cache. Backward has more of them.
+constexpr int64_t kInrTile = 168, kInrTileTraining = 84;
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -50,6 +51,7 @@ struct InrJob {
 
 struct InrPlan {
   int64_t mlps, hidden, padded, inputs, bands, depth, outputs, padded_out;
+  int64_t tile = kInrTile;
   int64_t samples, first_sample, seed;
   InrNoise noise;
   float limit, norm;
@@ -85,6 +87,18 @@ struct InrGradients {
 struct InrGradientOutputs {
   float *w_in, *b_in, *w_hidden, *b_hidden, *skip, *w_out, *b_out;
 };
+
+void clear_gradients(const InrPlan& p, int64_t mlp, InrGradients& g);
+void flush_gradients(const InrPlan& p, const InrGradients& g, const InrGradientOutputs& out);
+
+// The passes over tiles [first, last) with products of bfloat16 pairs, null where the CPU has none (AVX512-BF16).
+struct InrKernels {
+  void (*forward)(const InrPlan&, float* weights, c10::BFloat16* saved, int64_t first, int64_t last);
+  void (*backward)(const InrPlan&, const float* dy, const c10::BFloat16* saved, bool need_scale, int64_t first,
+                   int64_t last, double* dscale, const InrGradientOutputs& out,
+                   std::vector<std::unique_ptr<InrGradients>>& shared);
+};
+const InrKernels* inr_bfloat16_kernels();
 
 inline uint32_t inr_mix(uint32_t x) {
   x ^= x >> 16;
