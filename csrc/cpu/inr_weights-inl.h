@@ -2,6 +2,7 @@
 namespace inr {
 
 #include "inr_weights_parts-inl.h"
+#include "inr_weights_gradients-inl.h"
 
 // Everything one thread works with.
 template <typename T>
@@ -18,14 +19,14 @@ struct Worker {
 
   Worker(const InrPlan& plan, bool backward)
       : p(plan), training(backward), hp(plan.padded), row(Activations<T>::row(hp)) {
-    const int64_t size = p.tile * row, operand_size = p.tile * Activations<T>::operand_row(hp);
+    const int64_t size = kInrTile * row, operand_size = kInrTile * Activations<T>::operand_row(hp);
     h.resize(size * (!wide ? 1 : training ? p.depth + 1 : 2));
-    z.resize(kRows * kPanel), out.resize(p.tile * p.padded_out);
+    z.resize(kRows * kPanel), out.resize(kInrTile * p.padded_out);
     if constexpr (!wide) operand.resize(2 * operand_size);
-    if (p.noise == InrNoise::kElement) dense.resize(p.tile * kInrAxes * p.encoded());
+    if (p.noise == InrNoise::kElement) dense.resize(kInrTile * kInrAxes * p.encoded());
     if (training || p.noise == InrNoise::kElement) first.resize(size);
     if (!training) return;
-    dh.resize(size), dw.resize(p.tile * p.padded_out);
+    dh.resize(size), dw.resize(kInrTile * p.padded_out);
     if constexpr (wide) {
       dz.resize(2 * size);
     } else {
@@ -38,10 +39,10 @@ struct Worker {
     Activations<T> found;
     found.size = hp, found.h = h.data();
     if constexpr (wide) {
-      found.h += (training ? k : k % 2) * p.tile * row;
+      found.h += (training ? k : k % 2) * kInrTile * row;
     } else {
-      found.operand = operand.data() + k % 2 * p.tile * Activations<T>::operand_row(hp);
-      if (training && k < p.depth) found.pairs = pairs.data() + k * p.tile * row;
+      found.operand = operand.data() + k % 2 * kInrTile * Activations<T>::operand_row(hp);
+      if (training && k < p.depth) found.pairs = pairs.data() + k * kInrTile * row;
     }
     return found;
   }
@@ -50,9 +51,9 @@ struct Worker {
     Activations<T> found;
     found.size = hp;
     if constexpr (wide) {
-      found.h = dz.data() + k % 2 * p.tile * row;
+      found.h = dz.data() + k % 2 * kInrTile * row;
     } else {
-      found.operand = dz_operand.data() + k % 2 * p.tile * Activations<T>::operand_row(hp), found.pairs = dz_pairs.data();
+      found.operand = dz_operand.data() + k % 2 * kInrTile * Activations<T>::operand_row(hp), found.pairs = dz_pairs.data();
     }
     return found;
   }
@@ -144,7 +145,7 @@ struct Worker {
   }
 
   void set_tile(int64_t n, int64_t end) {
-    first_n = n, count = std::min(p.tile, end - n), padded = round_up(count, kRows);
+    first_n = n, count = std::min(kInrTile, end - n), padded = round_up(count, kRows);
   }
 
   // Of the tile: what forward saves for all jobs in rows of all layers.
@@ -165,7 +166,7 @@ struct Worker {
       if (p.noise != InrNoise::kElement) {
         tables.build(p, job, net, p.first_sample + k, begin / job.cols, (end - 1) / job.cols + 1);
       }
-      for (int64_t n = begin; n < end; n += p.tile) {
+      for (int64_t n = begin; n < end; n += kInrTile) {
         set_tile(n, end);
         start(job, p.first_sample + k);
         hidden(saved_rows(saved, job, k), p.hidden);
@@ -195,7 +196,7 @@ struct Worker {
     if (saved) {
       restore(keep, step);
     } else {
-      step = p.tile * hp;
+      step = kInrTile * hp;
       kept.resize(p.depth * step);
       keep = {kept.data(), hp, hp, count};
       hidden(keep, step);
@@ -302,7 +303,7 @@ struct Worker {
           std::memset(table->data(), 0, n * hp * sizeof(float));
         }
       }
-      for (int64_t n = begin; n < end; n += p.tile) {
+      for (int64_t n = begin; n < end; n += kInrTile) {
         set_tile(n, end);
         dscale += backward_tile(job, k, dy, saved, need_scale, g);
       }
@@ -318,7 +319,7 @@ void each_job(const InrPlan& p, int64_t first, int64_t last, const Fn& fn) {
   for (size_t j = 0; j < p.jobs.size(); ++j) {
     const int64_t from = std::max(first, p.tile_begin[j]), to = std::min(last, p.tile_begin[j + 1]);
     if (from >= to) continue;
-    fn(p.jobs[j], (from - p.tile_begin[j]) * p.tile, std::min((to - p.tile_begin[j]) * p.tile, p.jobs[j].points));
+    fn(p.jobs[j], (from - p.tile_begin[j]) * kInrTile, std::min((to - p.tile_begin[j]) * kInrTile, p.jobs[j].points));
   }
 }
 
@@ -337,7 +338,7 @@ void inr_backward(const InrPlan& p, const float* dy, const T* saved, bool need_s
   const auto finish = [&] {
     if (!g) return;
     if (p.mlp_first[g->mlp] >= first && p.mlp_last[g->mlp] < last) {
-      flush_gradients(p, *g, out);
+      flush_gradients<T>(p, *g, out);
     } else {
       shared.push_back(std::move(g));
     }

@@ -37,7 +37,7 @@ void add_gradients(const InrPlan& p, const InrGradients& from, InrGradients& to)
 
 constexpr int64_t kSpec = 7;  // integers a tensor, as the reference packs them
 
-// The parameters as the kernel reads them: float32, but for the hidden weights when they are multiplied in 16 bits.
+// The parameters as the kernel reads them: float32, but for the large weights when they are multiplied in 16 bits.
 struct Operands {
   at::Tensor w_in, b_in, w_hidden, b_hidden, skip, w_out, b_out;
   bool half_products;
@@ -64,9 +64,9 @@ Operands operands(const at::Tensor& w_in, const at::Tensor& b_in, const at::Tens
   check("b_out", b_out, {p, o});
   const bool half_products = w_in.scalar_type() == at::kBFloat16 && inr_bfloat16_kernels() != nullptr;
   const auto wide = [](const at::Tensor& t) { return t.to(at::kFloat).contiguous(); };
-  return {wide(w_in),     wide(b_in),   half_products ? w_hidden.contiguous() : wide(w_hidden),
-          wide(b_hidden), wide(skip),   wide(w_out),
-          wide(b_out),    half_products};
+  const auto multiplied = [&](const at::Tensor& t) { return half_products ? t.contiguous() : wide(t); };
+  return {multiplied(w_in), wide(b_in),  multiplied(w_hidden), wide(b_hidden),
+          wide(skip),       wide(w_out), wide(b_out),          half_products};
 }
 
 InrPlan make_plan(const Operands& x, at::IntArrayRef active, at::IntArrayRef spec, c10::string_view activation,
@@ -87,7 +87,7 @@ InrPlan make_plan(const Operands& x, at::IntArrayRef active, at::IntArrayRef spe
   p.limit = static_cast<float>(limit), p.norm = static_cast<float>(norm), p.neumeta = order == "neumeta";
   p.activation = parse_activation("inr_weights", activation);
   p.by_output = derivative_uses_output(p.activation);
-  p.w_in = x.w_in.const_data_ptr<float>(), p.b_in = x.b_in.const_data_ptr<float>();
+  p.w_in = x.w_in.const_data_ptr(), p.b_in = x.b_in.const_data_ptr<float>();
   p.w_hidden = x.w_hidden.const_data_ptr(), p.b_hidden = x.b_hidden.const_data_ptr<float>();
   p.skip = x.skip.const_data_ptr<float>();
   p.w_out = x.w_out.const_data_ptr<float>(), p.b_out = x.b_out.const_data_ptr<float>();
@@ -165,7 +165,7 @@ int64_t schedule(InrPlan& p) {
   for (const InrJob& job : p.jobs) {
     p.tile_begin.push_back(tiles);
     if (p.mlp_first[job.mlp] < 0) p.mlp_first[job.mlp] = tiles;
-    tiles += (job.points + p.tile - 1) / p.tile;
+    tiles += (job.points + kInrTile - 1) / kInrTile;
     p.mlp_last[job.mlp] = tiles - 1;
   }
   p.tile_begin.push_back(tiles);
@@ -204,7 +204,7 @@ std::tuple<at::Tensor, at::Tensor> inr_weights_cpu(
                     spec.size() / kSpec, " entries, one a tensor, got ", base.size());
   if (!base.empty()) add_bases(p, bases);
   const int64_t tiles = schedule(p);
-  at::Tensor weights = at::empty({size}, x.w_in.options());
+  at::Tensor weights = at::empty({size}, x.b_in.options());
   at::Tensor saved = at::empty({save ? saved_size : 0}, x.w_hidden.options());
   in_parts(count_parts(tiles), tiles, [&](int64_t, int64_t begin, int64_t end) {
     float* to = weights.data_ptr<float>();
@@ -238,16 +238,21 @@ inr_weights_backward_cpu(const at::Tensor& dy, const at::Tensor& w_in, const at:
                     ",), got ", dy.sizes());
   TORCH_CHECK_VALUE(saved.numel() == 0 || saved.numel() == saved_size, "inr_weights_backward: expected saved of ",
                     saved_size, " elements, got ", saved.numel());
-  p.tile = kInrTileTraining;
   const int64_t tiles = schedule(p);
   const at::Tensor dy_wide = dy.to(at::kFloat).contiguous();
   const at::Tensor kept = saved.to(x.w_hidden.scalar_type()).contiguous();
-  const auto like = [](const at::Tensor& t) { return at::zeros(t.sizes(), t.options().dtype(at::kFloat)); };
+  const bool complete = std::all_of(p.mlp_first.begin(), p.mlp_first.end(), [](int64_t tile) { return tile >= 0; });
+  const auto like = [&](const at::Tensor& t) {
+    const auto options = x.w_hidden.options();
+    return complete ? at::empty(t.sizes(), options) : at::zeros(t.sizes(), options);
+  };
   std::array<at::Tensor, 7> grads = {like(w_in), like(b_in),  like(w_hidden), like(b_hidden),
                                      like(skip), like(w_out), like(b_out)};
-  const InrGradientOutputs out{grads[0].data_ptr<float>(), grads[1].data_ptr<float>(), grads[2].data_ptr<float>(),
-                               grads[3].data_ptr<float>(), grads[4].data_ptr<float>(), grads[5].data_ptr<float>(),
-                               grads[6].data_ptr<float>()};
+  const InrGradientOutputs out{grads[0].data_ptr(), grads[1].data_ptr(), grads[2].data_ptr(), grads[3].data_ptr(),
+                               grads[4].data_ptr(), grads[5].data_ptr(), grads[6].data_ptr()};
+  const auto flush = [&](const InrGradients& g) {
+    x.half_products ? inr_bfloat16_kernels()->flush(p, g, out) : SK_CALL_ISA(inr::flush_gradients<float>, p, g, out);
+  };
   const int64_t parts = count_parts(tiles), tensors = spec.size() / kSpec;
   std::vector<std::vector<std::unique_ptr<InrGradients>>> shared(parts);
   std::vector<std::vector<double>> dscale(parts, std::vector<double>(tensors, 0.0));
@@ -269,13 +274,13 @@ inr_weights_backward_cpu(const at::Tensor& dy, const at::Tensor& w_in, const at:
       if (total && total->mlp == g->mlp) {
         add_gradients(p, *g, *total);
       } else {
-        if (total) flush_gradients(p, *total, out);
+        if (total) flush(*total);
         total = std::move(g);
       }
     }
   }
-  if (total) flush_gradients(p, *total, out);
-  at::Tensor d_scale = at::empty({scale ? tensors : 0}, x.w_in.options());
+  if (total) flush(*total);
+  at::Tensor d_scale = at::empty({scale ? tensors : 0}, x.b_in.options());
   if (scale) {
     for (int64_t t = 0; t < tensors; ++t) {
       double sum = 0.0;

@@ -10,8 +10,7 @@
 namespace slimkernels {
 
 constexpr int64_t kInrAxes = 6;
-// Coordinates evaluated together: their activations stay in second-level cache. Backward has more of them.
-constexpr int64_t kInrTile = 168, kInrTileTraining = 84;
+constexpr int64_t kInrTile = 84;  // coordinates evaluated together; their activations stay in second-level cache
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -51,7 +50,6 @@ struct InrJob {
 
 struct InrPlan {
   int64_t mlps, hidden, padded, inputs, bands, depth, outputs, padded_out;
-  int64_t tile = kInrTile;
   int64_t samples, first_sample, seed;
   InrNoise noise;
   float limit, norm;
@@ -60,8 +58,8 @@ struct InrPlan {
   std::vector<InrJob> jobs;                  // sorted by network
   std::vector<int64_t> tile_begin;           // first tile of each job, and the number of tiles
   std::vector<int64_t> mlp_first, mlp_last;  // first and last tile of each network; -1 when unused
-  const float *w_in, *b_in, *b_hidden, *skip, *w_out, *b_out;
-  const void* w_hidden;  // float or BFloat16: what the kernel multiplies
+  const float *b_in, *b_hidden, *skip, *w_out, *b_out;
+  const void *w_in, *w_hidden;  // float or BFloat16: what the kernel multiplies
 
   int64_t encoded() const { return 1 + 2 * bands; }  // numbers an axis
   int64_t column(int64_t axis, int64_t t) const {    // of w_in, for number t of an axis
@@ -83,13 +81,10 @@ struct InrGradients {
   std::vector<double> skip;
 };
 
-// Where finished gradients go; all float32 and contiguous.
+// Where finished gradients go: contiguous, float or BFloat16 like the kernel's weights. Every network that has a tile is written.
 struct InrGradientOutputs {
-  float *w_in, *b_in, *w_hidden, *b_hidden, *skip, *w_out, *b_out;
+  void *w_in, *b_in, *w_hidden, *b_hidden, *skip, *w_out, *b_out;
 };
-
-void clear_gradients(const InrPlan& p, int64_t mlp, InrGradients& g);
-void flush_gradients(const InrPlan& p, const InrGradients& g, const InrGradientOutputs& out);
 
 // The passes over tiles [first, last) with products of bfloat16 pairs, null where the CPU has none (AVX512-BF16).
 struct InrKernels {
@@ -97,6 +92,7 @@ struct InrKernels {
   void (*backward)(const InrPlan&, const float* dy, const c10::BFloat16* saved, bool need_scale, int64_t first,
                    int64_t last, double* dscale, const InrGradientOutputs& out,
                    std::vector<std::unique_ptr<InrGradients>>& shared);
+  void (*flush)(const InrPlan&, const InrGradients&, const InrGradientOutputs&);
 };
 const InrKernels* inr_bfloat16_kernels();
 

@@ -56,19 +56,17 @@ struct Network {
     for (int64_t axis = 0; axis < kInrAxes; ++axis) {
       for (int64_t t = 0; t < x; ++t) rows[p.column(axis, t)] = w_in.data() + (axis * x + t) * hp;
     }
-    const float* source = p.w_in + mlp * h * p.inputs;
+    const T* source = static_cast<const T*>(p.w_in) + mlp * h * p.inputs;
     for (int64_t j = 0; j < h; j += kLanes) {
       for (int64_t e = 0; e < p.inputs; e += kLanes) {
         const int64_t columns = std::min<int64_t>(kLanes, p.inputs - e), count = std::min<int64_t>(kLanes, h - j);
-        alignas(64) float block[kLanes * kLanes];
-        if (columns == kLanes && count == kLanes) {
-          transpose_words(source + j * p.inputs + e, kLanes, kLanes, p.inputs, block, kLanes);
-        } else {
-          for (int64_t c = 0; c < columns; ++c) {
-            for (int64_t i = 0; i < count; ++i) block[c * kLanes + i] = source[(j + i) * p.inputs + e + c];
-          }
+        alignas(64) float block[kLanes * kLanes] = {}, turned[kLanes * kLanes];
+        for (int64_t i = 0; i < count; ++i) {
+          const T* from = source + (j + i) * p.inputs + e;
+          store(block + i * kLanes, columns == kLanes ? load(from) : load_first(from, columns));
         }
-        for (int64_t c = 0; c < columns; ++c) std::copy_n(block + c * kLanes, count, rows[e + c] + j);
+        transpose_words(block, kLanes, kLanes, kLanes, turned, kLanes);
+        for (int64_t c = 0; c < columns; ++c) store(rows[e + c] + j, load(turned + c * kLanes));
       }
     }
   }

@@ -9,7 +9,7 @@ constexpr int kRows = 14;
 constexpr int kRows = 6;
 #endif
 constexpr int kPanel = 2 * kLanes;
-static_assert(kInrTile % kRows == 0 && kInrTileTraining % kRows == 0 && kRows % 2 == 0);
+static_assert(kInrTile % kRows == 0 && kRows % 2 == 0);
 
 template <typename T>
 constexpr int64_t kUnit = 4 / sizeof(T);  // numbers in a unit
