@@ -1,8 +1,10 @@
 // inr_weights forward and backward over a range of tiles; one call a thread.
 namespace inr {
 
-#include "inr_weights_parts-inl.h"
+#include "inr_weights_tile-inl.h"
+// in this order
 #include "inr_weights_gradients-inl.h"
+#include "inr_weights_parts-inl.h"
 
 // Everything one thread works with.
 template <typename T>
@@ -53,7 +55,8 @@ struct Worker {
     if constexpr (wide) {
       found.h = dz.data() + k % 2 * kInrTile * row;
     } else {
-      found.operand = dz_operand.data() + k % 2 * kInrTile * Activations<T>::operand_row(hp), found.pairs = dz_pairs.data();
+      found.operand = dz_operand.data() + k % 2 * kInrTile * Activations<T>::operand_row(hp),
+      found.pairs = dz_pairs.data();
     }
     return found;
   }
@@ -273,7 +276,8 @@ struct Worker {
   void fold_tables(InrGradients& g) {
     const int64_t x = p.encoded();
     float* dw_in = g.w_in.data();
-    product<float>(x, hp, {tables.rows, tables.encoded_a.data(), 1, x, d_tables.a.data(), hp, dw_in + x * hp, hp, true});
+    product<float>(x, hp,
+                   {tables.rows, tables.encoded_a.data(), 1, x, d_tables.a.data(), hp, dw_in + x * hp, hp, true});
     product<float>(x, hp,
                    {tables.cols, tables.encoded_b.data(), 1, x, d_tables.b.data(), hp, dw_in + 2 * x * hp, hp, true});
     std::vector<float> total(hp, 0.0f);

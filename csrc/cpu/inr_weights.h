@@ -81,7 +81,8 @@ struct InrGradients {
   std::vector<double> skip;
 };
 
-// Where finished gradients go: contiguous, float or BFloat16 like the kernel's weights. Every network that has a tile is written.
+// Where finished gradients go: contiguous, float or BFloat16 like the kernel's weights. Every network that has a tile
+// is written.
 struct InrGradientOutputs {
   void *w_in, *b_in, *w_hidden, *b_hidden, *skip, *w_out, *b_out;
 };

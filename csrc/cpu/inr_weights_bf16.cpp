@@ -9,30 +9,19 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
-#define SK_AVX512 1
-#define SK_BF16 1
-namespace slimkernels::inr_bf16 {
-#define SK_LANES 16
-#include "simd-inl.h"
-#include "inr_weights-inl.h"
-#undef SK_LANES
-}  // namespace slimkernels::inr_bf16
-#undef SK_BF16
-#undef SK_AVX512
-#pragma GCC pop_options
 #endif
+
+#define SK_INL "inr_weights-inl.h"
+#include "bf16_isa.h"
 
 namespace slimkernels {
 
 const InrKernels* inr_bfloat16_kernels() {
 #if defined(__x86_64__)
   if (current_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
-    static const InrKernels kernels = {&inr_bf16::inr::inr_forward<c10::BFloat16>,
-                                       &inr_bf16::inr::inr_backward<c10::BFloat16>,
-                                       &inr_bf16::inr::flush_gradients<c10::BFloat16>};
+    static const InrKernels kernels = {&avx512_bf16::inr::inr_forward<c10::BFloat16>,
+                                       &avx512_bf16::inr::inr_backward<c10::BFloat16>,
+                                       &avx512_bf16::inr::flush_gradients<c10::BFloat16>};
     return &kernels;
   }
 #endif

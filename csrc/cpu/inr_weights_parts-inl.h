@@ -1,5 +1,4 @@
 // The pieces of inr_weights: packed networks, first-layer tables, the element-wise parts on blocks of a tile.
-#include "inr_weights_tile-inl.h"
 
 // One network, padded to whole panels with zeros and laid out for the products.
 template <typename T>
@@ -152,8 +151,8 @@ struct Kept {
   Kept at(int64_t layer, int64_t step) const { return {data ? data + layer * step : nullptr, row, columns, count}; }
 };
 
-// First layer of `count` coordinates from n0, zeros up to `padded` rows. `first` (may be null) receives what its derivative
-// needs.
+// First layer of `count` coordinates from n0, zeros up to `padded` rows. `first` (may be null) receives what its
+// derivative needs.
 template <Activation act, typename T>
 void first_layer(const Tables& t, int64_t n0, int64_t count, int64_t padded, int64_t hp, const float* dense,
                  const Activations<T>& to, float* first) {

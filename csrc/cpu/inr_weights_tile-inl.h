@@ -1,7 +1,8 @@
-// Products of inr_weights in registers: kRows rows by kPanel columns at a time. A row is a coordinate in the forward direction
-// and for the gradient of activations, a hidden unit for the gradient of weights.
+// Products of inr_weights in registers: kRows rows by kPanel columns at a time. A row is a coordinate in the forward
+// direction and for the gradient of activations, a hidden unit for the gradient of weights.
 //
-// Operands are counted in units of 32 bits: a float, or a pair of bfloat16 that belong to neighbouring steps of the sum.
+// Operands are counted in units of 32 bits: a float, or a pair of bfloat16 that belong to neighbouring steps of the
+// sum.
 
 #if defined(SK_AVX512)
 constexpr int kRows = 14;
@@ -33,8 +34,8 @@ inline vf add_product(vf sum, vf a, vf b, c10::BFloat16) {
 }
 #endif
 
-// What a product reads and writes. `a` has a unit every a_step for the next step and every a_row for the next row, `b` a row of
-// units every b_step.
+// What a product reads and writes. `a` has a unit every a_step for the next step and every a_row for the next row, `b`
+// a row of units every b_step.
 template <typename T>
 struct Product {
   int64_t steps;
@@ -174,8 +175,8 @@ inline void store_rounded(c10::BFloat16* p, vf v) {
 }
 #endif
 
-// Activations of a tile as the products read them: `h` in float32, and in 16 bits `operand` (row by row) and `pairs` (pairs of
-// rows interleaved, for the gradient of weights). Any may be null.
+// Activations of a tile as the products read them: `h` in float32, and in 16 bits `operand` (row by row) and `pairs`
+// (pairs of rows interleaved, for the gradient of weights). Any may be null.
 template <typename T>
 struct Activations {
   float* h = nullptr;
@@ -208,12 +209,16 @@ struct Activations {
 
   // As left operand of a product over hidden units; as left or right operand of one over coordinates.
   const T* left() const {
-    if constexpr (std::is_same_v<T, float>) return h;
-    else return operand;
+    if constexpr (std::is_same_v<T, float>)
+      return h;
+    else
+      return operand;
   }
   int64_t left_row() const { return std::is_same_v<T, float> ? row(size) : operand_row(size) / 2; }
   const T* over_rows() const {
-    if constexpr (std::is_same_v<T, float>) return h;
-    else return pairs;
+    if constexpr (std::is_same_v<T, float>)
+      return h;
+    else
+      return pairs;
   }
 };
