@@ -81,8 +81,19 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
     os.replace(aside, path)
 
 
-def run_op(op: str, quick: bool, threads: int) -> int:
-    """Measures one op and replaces its rows; returns the number of red gates of slimkernels' own."""
+def named(case) -> str:
+    """What ``--only`` looks in."""
+    return f"{case.net} {case.width} {case.shape} {str(case.dtype).removeprefix('torch.')}"
+
+
+def name(row: dict[str, str]) -> tuple[str, ...]:
+    """Of the case that a row belongs to."""
+    return tuple(row[key] for key in ("op", "net", "width", "shape", "dtype"))
+
+
+def run_op(op: str, quick: bool, threads: int, only: str | None = None) -> int:
+    """Measures one op and replaces its rows (``only``: those of the cases with this in their names); returns the number
+    of red gates of slimkernels' own."""
     bench = importlib.import_module(f"benchmarks.bench_{op}")
     kind = "quick" if quick else "full"
     about = {
@@ -97,7 +108,9 @@ def run_op(op: str, quick: bool, threads: int) -> int:
         "date": datetime.date.today().isoformat(),
     }
     start, rows, red = time.time(), [], 0
-    cases = list(bench.cases(quick))
+    cases = [case for case in bench.cases(quick) if only is None or only in named(case)]
+    if not cases:
+        raise ValueError(f"bench: expected a case of {op} with {only!r} in its name, got none")
     measure = getattr(bench, "measure", harness.measure)  # a bench file of whole steps has its own
     for i, case in enumerate(cases, 1):
         for row in measure(case, BUDGET_S[kind]):
@@ -109,13 +122,19 @@ def run_op(op: str, quick: bool, threads: int) -> int:
         ratios = " ".join(f"{row['mode'][:2]}/{row['provider']}={row.get('ratio', '-')}" for row in last[-12:])
         print(f"{op} {i}/{len(cases)} {case.net} w={case.width} {case.shape} {case.dtype}: {ratios}", flush=True)
     path = results_file()
-    write(path, sorted([row for row in read(path) if row["op"] != op] + rows, key=lambda row: row["op"]))
+    measured = {name(row) for row in rows}
+    kept = [row for row in read(path) if row["op"] != op or (only is not None and name(row) not in measured)]
+    write(path, sorted(kept + rows, key=lambda row: row["op"]))
     print(f"{op}: {len(rows)} rows in {time.time() - start:.0f} s, {red} red, written to {path.name}", flush=True)
     return red
 
 
-def main(op: str | None = None, quick: bool = False, threads: int = 1, resume: bool = False) -> int:
+def main(
+    op: str | None = None, quick: bool = False, threads: int = 1, resume: bool = False, only: str | None = None
+) -> int:
     """Runs one op or all; returns the exit status. ``resume`` leaves out ops whose rows are of this commit and kind."""
+    if only is not None and op is None:
+        raise ValueError("bench: expected an op beside --only, got none")
     if op is not None and op not in ops():
         raise ValueError(f"bench: expected op to be one of {', '.join(ops())}, got {op!r}")
     harness.one_thread_environment(threads)
@@ -125,11 +144,11 @@ def main(op: str | None = None, quick: bool = False, threads: int = 1, resume: b
         if resume
         else set()
     )
-    for name in [op] if op else ops():
-        if name in done:
-            print(f"{name}: done at this commit")
+    for each in [op] if op else ops():
+        if each in done:
+            print(f"{each}: done at this commit")
         else:
-            red += run_op(name, quick, threads)
+            red += run_op(each, quick, threads, only)
     return 1 if red else 0
 
 
@@ -141,5 +160,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help="leave out ops already measured at this commit")
+    parser.add_argument("--only", help="of one op: the cases with this text in network, width, shape and dtype")
     arguments = parser.parse_args()
-    raise SystemExit(main(arguments.op, arguments.quick, arguments.threads, arguments.resume))
+    raise SystemExit(main(arguments.op, arguments.quick, arguments.threads, arguments.resume, arguments.only))

@@ -110,6 +110,30 @@ def test_a_run_replaces_the_rows_of_its_op(tmp_path, monkeypatch):
     assert re.fullmatch(r"[a-z0-9-]+\.csv", run.results_file().name)
 
 
+def test_a_run_of_some_cases_replaces_their_rows_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+
+    class Bench:
+        @staticmethod
+        def cases(quick):
+            for dtype in (torch.float32, torch.bfloat16):
+                made = case(modes=("forward",))
+                made.dtype = dtype
+                yield made
+
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: Bench)
+    assert run.run_op("one", True, 1) == 0
+    before = run.read(run.results_file())
+    assert run.run_op("one", False, 1, "bfloat16") == 0
+    after = run.read(run.results_file())
+    assert sorted((r["dtype"], r["run"]) for r in after) == [("bfloat16", "full")] * 3 + [("float32", "quick")] * 3
+    assert [r for r in after if r["run"] == "quick"] == [r for r in before if r["dtype"] == "float32"]
+    with pytest.raises(ValueError, match=r"bench: expected a case of one with 'float64' in its name, got none"):
+        run.run_op("one", True, 1, "float64")
+    with pytest.raises(ValueError, match="bench: expected an op beside --only, got none"):
+        run.main(only="float32")
+
+
 def test_readme_table_and_plots_are_not_stale():
     assert report.stale() == []
 
