@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from slimkernels.elastic.cost import layer_costs, parameter_costs
-from slimkernels.elastic.coupling import IS_OUTPUT
+from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE
 from slimkernels.elastic.depth import make_skippable
 from slimkernels.elastic.graph import Analysis, width_groups
 from slimkernels.elastic.importance import check_sort, orders
-from slimkernels.elastic.layers import RECURRENT, kind_of, reason_not_slimmable
+from slimkernels.elastic.layers import CONVS, RECURRENT, kind_of, reason_not_slimmable
 from slimkernels.elastic.plan import Plan, Stage, matches
 from slimkernels.elastic.probe import Prober
 from slimkernels.elastic.slices import permute
@@ -115,9 +115,7 @@ def convert(
         groups=analysis.groups,
         dims=analysis.dims,
         left_alone=left_alone,
-        gathers=[
-            name for (name, side), dim in analysis.dims.items() if side in ("in", "ch") and _gathered(model, name, dim)
-        ],
+        gathers=list(dict.fromkeys(key[0] for key, dim in analysis.dims.items() if _gathered(model, key, dim))),
         ignored=sorted(ignored),
         layers=layers,
         parameters=parameter_costs(model, analysis.dims),
@@ -186,9 +184,15 @@ def _finite_copy(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
 
 
 def _analyse(model: nn.Module, example: Any, ignored: set[str], permutes: bool) -> Analysis:
+    attention = {
+        f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
+    }
+
     def unsliced(name: str, module: nn.Module) -> str | None:
         if name in ignored:
             return "ignored, as asked"
+        if name in attention:
+            return "MultiheadAttention layers are not sliced"
         return reason_not_slimmable(module) if kind_of(module) else None
 
     coupling = trace(model, example, unsliced)
@@ -219,10 +223,13 @@ def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict
             )
         found[name] = reason
     for name, reason in analysis.rejected.items():
-        if name in live and reason != IS_OUTPUT:
+        if name in live and reason not in (IS_OUTPUT, SINGLE):
             found[name] = f"its outputs stay full: {reason}"
     return found
 
 
-def _gathered(model: nn.Module, name: str, dim: Any) -> bool:
-    return dim.blocks == 0 or (dim.blocks > 1 and not isinstance(model.get_submodule(name), (nn.Linear, *RECURRENT)))
+def _gathered(model: nn.Module, key: tuple[str, str], dim: Any) -> bool:
+    module: Any = model.get_submodule(key[0])
+    if key[1] not in ("in", "ch", "out") or (key[1] == "out" and isinstance(module, CONVS) and module.groups > 1):
+        return False
+    return dim.blocks == 0 or (dim.blocks > 1 and not isinstance(module, (nn.Linear, *RECURRENT)))

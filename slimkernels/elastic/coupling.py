@@ -1,6 +1,7 @@
 """Which positions of the sliced dimensions of a model are coupled."""
 
 IS_OUTPUT = "its channels are an output of the network"
+SINGLE = "it has one channel"
 
 
 class Coupling:

@@ -11,7 +11,7 @@ from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_ag
 from slimkernels.elastic.plan import Depth, Width, is_inside, plan
 from slimkernels.elastic.recurrent import refresh
 from slimkernels.elastic.slices import Dims, Sliced, sliced_tensors, take
-from slimkernels.elastic.transform import batch_norms
+from slimkernels.elastic.transform import batch_norms, fast_path_again
 from slimkernels.elastic.width import view
 from slimkernels.nn._base import SlimModule
 
@@ -84,6 +84,7 @@ def subnetwork(model: nn.Module, width: Width, depth: Depth) -> tuple[nn.Module,
         _resize(name, module, dims, units)
         if isinstance(module, RECURRENT):
             refresh(module)
+        fast_path_again(module)
     return made, skipped
 
 

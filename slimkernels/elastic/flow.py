@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from slimkernels.elastic.coupling import Coupling
 from slimkernels.elastic.labels import FIXED, Labels, agreed, varying
+
+ANOTHER = "its channels are multiplied with others of another dimension"
 
 # Operations whose result holds elements of their floating-point arguments, moved about.
 MOVES = {
@@ -45,11 +48,12 @@ KEEP = {"fill", "zero", "normal", "uniform", "bernoulli", "random"}  # written o
 
 
 class Follower(TorchDispatchMode):
-    """Couples channels while a model runs. ``couple(a, b)`` and ``poison(node, reason)`` are told what was found."""
+    """Couples channels while a model runs. ``poison(node, reason)`` is told of those that have to stay, ``used(tensor)`` of every
+    argument of an operation."""
 
-    def __init__(self, labels: Labels, couple: Any, poison: Any, used: Any) -> None:
+    def __init__(self, labels: Labels, coupling: Coupling, poison: Any, used: Any) -> None:
         super().__init__()
-        self.labels, self.couple, self.poison, self.used = labels, couple, poison, used
+        self.labels, self.coupling, self.poison, self.used = labels, coupling, poison, used
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,6 +109,19 @@ class Follower(TorchDispatchMode):
         found = self.labels.get(t)
         return torch.zeros((), dtype=torch.int32).expand(t.shape) if found is None else found
 
+    def _same(self, labels: Tensor) -> Tensor:
+        """The same label for all that is coupled."""
+        found, where = labels.unique(return_inverse=True)
+        roots = [n if n <= 0 else self.coupling.find(n - 1) + 1 for n in found.tolist()]
+        return torch.tensor(roots, dtype=torch.int32)[where]
+
+    def _agreed(self, labels: Tensor, dims: list[int]) -> Tensor:
+        """Size 1 in ``dims``: the label that all have there, or 0."""
+        labels = varying(labels)
+        if any(labels.shape[d] > 1 for d in dims):
+            labels = self._same(labels)
+        return agreed(labels, dims)
+
     def _moved(self, func: Any, args: Sequence, kwargs: Any) -> Tensor:
         def of(t: Any, first: bool) -> Any:
             if not isinstance(t, Tensor):
@@ -146,6 +163,7 @@ class Follower(TorchDispatchMode):
             if other.dim() and other.shape[dim] > 1 and other.numel() > other.shape[dim]:
                 for i in range(1, other.shape[dim]):
                     self.unify(other.select(dim, i - 1), other.select(dim, i))
+                joined = self._same(joined)
         return joined
 
     def _pointwise(self, given: Sequence[Tensor]) -> Tensor | None:
@@ -159,26 +177,30 @@ class Follower(TorchDispatchMode):
                 labels = varying(labels)[(None,) * missing]
                 full = [d for d in range(len(shape)) if d >= missing and t.shape[d - missing] == shape[d]]
                 found.append((labels, full))
+        found.sort(key=lambda operand: -len(operand[1]))
         result: Tensor | None = None
         for i, (a, a_full) in enumerate(found):
-            for b, b_full in found[:i]:
-                self._meet(a, a_full, b, b_full)
+            met = [self._meet(a, a_full, b, b_full) for b, b_full in found[:i]]
             if result is None:
                 result = a
-            else:
-                x, y = torch.broadcast_tensors(result, a)
-                result = torch.where((x > 0) | (y == 0), x, torch.where((y > 0) | (x == 0), y, x))
+                continue
+            x, y = torch.broadcast_tensors(result, a)
+            if not all(met) and bool(((x > 0) & (y > 0)).any()):
+                self.spoil(a, ANOTHER)  # an element has one label
+            result = torch.where((x > 0) | (y == 0), x, torch.where((y > 0) | (x == 0), y, x))
         return result
 
-    def _meet(self, a: Tensor, a_full: list[int], b: Tensor, b_full: list[int]) -> None:
+    def _meet(self, a: Tensor, a_full: list[int], b: Tensor, b_full: list[int]) -> bool:
+        """Couple two operands of an operation by element; False when they lie in different dimensions."""
         a_dims, b_dims = ({d for d in range(t.dim()) if t.shape[d] > 1} for t in (a, b))
         a_has, b_has = bool((a > 0).any()), bool((b > 0).any())
-        apart = b_dims.isdisjoint(a_full) and a_dims.isdisjoint(b_full)
-        if a_has and b_has and a_dims and b_dims and apart:
-            for t in (a, b):
-                self.spoil(t, "its channels are multiplied with others of another dimension")
-        elif (a_dims <= set(b_full) and b_dims <= set(a_full)) or (a_has and b_has and a_dims & b_dims):
+        if (a_dims <= set(b_full) and b_dims <= set(a_full)) or (a_has and b_has and a_dims & b_dims):
             self.unify(a, b)
+            return True
+        if a_has and b_has and a_dims and b_dims and b_dims.isdisjoint(a_full) and a_dims.isdisjoint(b_full):
+            for t in (a, b):
+                self.spoil(t, ANOTHER)
+        return False
 
     def _reduced(self, x: Tensor, dims: Any, keep: bool) -> Tensor | None:
         labels = self.labels.get(x)
@@ -186,7 +208,7 @@ class Follower(TorchDispatchMode):
             return None
         over = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
         over = sorted(d % x.dim() for d in over) if x.dim() else []
-        labels = agreed(labels, over)
+        labels = self._agreed(labels, over)
         return labels if keep else labels[tuple(0 if d in over else slice(None) for d in range(x.dim()))]
 
     def _other(self, func: Any, made: Tensor, given: list[Tensor]) -> Tensor | None:
@@ -199,6 +221,8 @@ class Follower(TorchDispatchMode):
             return None
         if made.dim() == x.dim() and x.numel():
             changed = [d for d in range(x.dim()) if made.shape[d] != x.shape[d]]
+            if any(varying(labels).shape[d] > 1 for d in changed):
+                labels = self._same(labels)
             if all(varying(labels).shape[d] == 1 for d in changed):
                 for d in changed:
                     labels = labels.narrow(d, 0, 1)
@@ -270,14 +294,14 @@ class Follower(TorchDispatchMode):
         return [self._pointwise([x, *(w.view(shape) for w in weights[:2] if isinstance(w, Tensor))])]
 
     def _op_pack_padded_sequence(self, made: Any, x: Tensor, *_: Any) -> list:
-        return [agreed(self._known(x), [0, 1])[0], None]
+        return [self._agreed(self._known(x), [0, 1])[0], None]
 
     def _op_pad_packed_sequence(self, made: Any, data: Tensor, *_: Any) -> list:
-        return [agreed(self._known(data), [0])[None], None]
+        return [self._agreed(self._known(data), [0])[None], None]
 
     def _attention(self, made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._summed(self._known(q), self._known(k).movedim(-1, 0))
-        return agreed(self._known(v), [v.dim() - 2])
+        return self._agreed(self._known(v), [v.dim() - 2])
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:  # (..., n, k) and (..., k, m)
         a, b = varying(a), varying(b)
@@ -291,7 +315,7 @@ class Follower(TorchDispatchMode):
         both = (x > 0) & (y > 0)
         if bool(both.any()):
             for t in (x, y):
-                self.spoil(t, "its channels are multiplied with others of another dimension")
+                self.spoil(t, ANOTHER)
         return torch.where((x > 0) | (y == 0), x, y)
 
     def _summed(self, a: Tensor, b: Tensor) -> None:  # (..., k) and (k, ...)
@@ -316,7 +340,7 @@ class Follower(TorchDispatchMode):
             return
         for x, y in torch.stack([a[differ], b[differ]]).unique(dim=1).t().tolist():
             if x > 0 and y > 0:
-                self.couple(x - 1, y - 1)
+                self.coupling.union(x - 1, y - 1)
             elif max(x, y) > 0:
                 self.poison(max(x, y) - 1, self.labels.reason(min(x, y)))
 

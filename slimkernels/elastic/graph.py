@@ -176,12 +176,11 @@ def _reject_unsupported(analysis: Analysis, modules: dict[str, nn.Module]) -> No
     for (name, side), dim in list(analysis.dims.items()):
         module = modules[name]
         simple = dim.blocks == 1
-        gathered = isinstance(module, CONVS) and module.groups > 1  # outputs follow the groups of the inputs
         if (
             side == "out"
             and not simple
-            and not gathered
-            and not (isinstance(module, (nn.Linear, *RECURRENT)) and dim.blocks)
+            and not isinstance(module, (nn.Linear, *CONVS))
+            and not (isinstance(module, RECURRENT) and dim.blocks)
         ):
             analysis.reject(dim.groups, f"the output of {name} is no leading slice")
         elif isinstance(module, nn.GroupNorm) and not simple:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
-from slimkernels.elastic.coupling import IS_OUTPUT, Coupling
+from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE, Coupling
 from slimkernels.elastic.flow import Follower
 from slimkernels.elastic.labels import FIXED, Labels, varying
 from slimkernels.elastic.layers import CONVS, RECURRENT, full_size, kind_of
@@ -20,7 +20,7 @@ class _Layers:
 
     def __init__(self, model: nn.Module, coupling: Coupling, reasons: Mapping[str, str | None], plain: Mapping) -> None:
         self.coupling, self.labels = coupling, Labels()
-        self.follower = Follower(self.labels, coupling.union, self._poison, self._used)
+        self.follower = Follower(self.labels, coupling, self._poison, self._used)
         self.poisoned: set[int] = set()
         self.owners: dict[int, list[str]] = {}  # storage -> layers whose weights it holds, which have a forward
         self.followed: dict[str, Any] = {}
@@ -30,6 +30,8 @@ class _Layers:
             if sliced:
                 self.followed[name] = module
             reason = reasons[name] or ("its weights are used outside of it" if sliced else None)
+            if isinstance(module, nn.MultiheadAttention):
+                reason = "MultiheadAttention layers are not sliced"
             label = self.labels.fixed(FIXED if reason is None else f"coupled to {name}: {reason}" if name else reason)
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is None or (f"{name}.{key}" if name else key) in plain:
@@ -72,21 +74,25 @@ class _Layers:
                 self.coupling.poison_all((name, side), f"coupled to {name}: its weights are used outside of it")
         self.coupling.known.update(self.parameters.pop(key, ()))
 
-    def taken(self, x: Tensor, name: str, side: str, dim: int = -1) -> None:
-        """A layer takes channels in."""
+    def taken(self, x: Tensor, name: str, side: str, dim: int = -1) -> bool:
+        """A layer takes channels in. False when they lie in another dimension than the one that it works on."""
         labels = self.labels.get(x)
         if labels is None or x.numel() == 0:
-            return
+            return True
         rows = varying(labels.movedim(dim, -1))
-        rows = rows.reshape(-1, rows.shape[-1])
+        if rows.shape[-1] == 1 and rows.numel() > 1 and bool((rows > 0).any()):
+            return False
+        rows = rows.reshape(-1, rows.shape[-1]).unique(dim=0)
         nodes = self.nodes(name, side)
         for row in rows:
             self.follower.unify(torch.where(row > 0, row, torch.zeros((), dtype=row.dtype)), nodes)
+        return True
 
     def put_out(self, y: Tensor, name: str, side: str, dim: int = -1) -> None:
         """A layer puts channels out. A single one cannot be taken apart."""
         nodes = self.nodes(name, side)
         if len(nodes) == 1:
+            self._poison(int(nodes) - 1, SINGLE)
             nodes = torch.tensor([self.labels.fixed(FIXED)], dtype=torch.int32)
         shape = [1] * y.dim()
         shape[dim] = len(nodes)
@@ -110,12 +116,24 @@ class _Layers:
             self.labels.put(y, self.labels.get(x))
         else:
             dim = y.dim() - len(module.kernel_size) - 1 if isinstance(module, CONVS) else -1
-            if "in" in kind.sides:
-                self.taken(x, name, "in", dim)
-            self.put_out(y, name, "out", dim)
+            if "in" in kind.sides and not self.taken(x, name, "in", dim):
+                self._pass_by(name, x, y, dim)
+            else:
+                self.put_out(y, name, "out", dim)
+
+    def _pass_by(self, name: str, x: Tensor, y: Tensor, dim: int) -> None:
+        """The layer works on positions or steps: the channels are in what it puts out as they are in what it takes in."""
+        self.coupling.poison_all((name, "out"), "it works on another dimension than that of the channels")
+        labels = varying(self.labels.get(x))  # type: ignore[arg-type]
+        others = [d for d in range(x.dim()) if labels.shape[d] > 1]
+        if any(x.shape[d] != y.shape[d] or d > dim % x.dim() for d in others):
+            self.follower.spoil(labels, f"{name} works across its channels")
+        self.labels.put(y, labels if all(x.shape[d] == y.shape[d] for d in others) else None)
 
     def _follow_recurrent(self, name: str, module: Any, x: Any, hx: Any, y: Any) -> None:
-        self.taken(x.data if isinstance(x, PackedSequence) else x, name, "in")
+        data = x.data if isinstance(x, PackedSequence) else x
+        if not self.taken(data, name, "in"):
+            self.follower.spoil(self.labels.get(data), f"{name} works on another dimension than that of its channels")
         for state in () if hx is None else (hx,) if isinstance(hx, Tensor) else hx:
             self.taken(state, name, "state")
         if isinstance(module, nn.RNNCellBase):

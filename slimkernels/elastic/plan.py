@@ -147,7 +147,7 @@ class Plan:
     groups: dict[str, WidthGroup]
     dims: dict[tuple[str, str], Dim]
     left_alone: dict[str, str]  # module -> reason
-    gathers: list[str]  # modules whose input is gathered (after a concat)
+    gathers: list[str]  # modules of which a width takes no leading slice (after a concat, before a gate)
     ignored: list[str] = field(default_factory=list)  # modules left alone as asked
     layers: list[LayerCost] = field(default_factory=list)
     parameters: list[ParameterCost] = field(default_factory=list)

@@ -20,7 +20,7 @@ class Report:
     stages: dict[str, Stage]  # every depth dimension
     smallest: dict[str, int]  # channels at the lowest legal width
     left_alone: dict[str, str]  # layer -> why no width changes it
-    gathers: list[str]  # layers whose inputs are gathered, as they follow a concat
+    gathers: list[str]  # layers of which a width takes no leading slice: after a concat, before a gate
     calibrated: tuple[float, ...] | None  # widths with batch-norm statistics of their own; None: no batch norm
     notes: list[str]
     widths: str
@@ -51,7 +51,7 @@ class Report:
         if self.calibrated is not None:
             yield "statistics of their own for widths " + ", ".join(f"{w:g}" for w in self.calibrated)
         if self.gathers:
-            yield "inputs gathered (after a concat): " + ", ".join(self.gathers)
+            yield "weights gathered (after a concat, before a gate): " + ", ".join(self.gathers)
         if self.left_alone:
             alone = Table("left alone", "why")
             for name, reason in self.left_alone.items():

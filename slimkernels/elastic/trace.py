@@ -88,7 +88,7 @@ def plain_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
     longer than 1, or the one after the batch's of four."""
     found = {}
     for name, module in model.named_modules():
-        if kind_of(module) is not None:
+        if kind_of(module) is not None or isinstance(module, nn.MultiheadAttention):
             continue
         for key, p in module._parameters.items():
             axes = [] if p is None else [i for i, size in enumerate(p.shape) if size > 1]

@@ -31,6 +31,25 @@ def transform(model: nn.Module, dims: Mapping[tuple[str, str], Dim], ignored: Co
             slice_parameters(module, {"weight": 0})
         else:
             _become_slim(module, by_side)
+    for name, module in modules.items():
+        for attribute in _FAST_PATHS.get(type(module), ()):
+            if any(key.startswith(f"{name}." if name else "") for key in sides):
+                module.__dict__["_fast_path"] = (attribute, getattr(module, attribute))
+                setattr(module, attribute, False)
+
+
+# torch's transformer layers have an inference path that reads their layers' weights past the layers; this turns it off.
+_FAST_PATHS: dict[type, tuple[str, ...]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu",),
+    nn.TransformerEncoder: ("use_nested_tensor",),
+}
+
+
+def fast_path_again(module: nn.Module) -> None:
+    """Undo what ``transform`` did to a transformer layer of torch."""
+    if "_fast_path" in module.__dict__:
+        attribute, value = module.__dict__.pop("_fast_path")
+        setattr(module, attribute, value)
 
 
 def _is_batch_norm(module: nn.Module, name: str, ignored: Collection[str]) -> bool:

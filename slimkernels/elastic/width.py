@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.elastic.depth import skip
-from slimkernels.elastic.layers import RECURRENT
+from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.parameters import set_parameter_width
 from slimkernels.elastic.plan import Depth, Dim, Plan, Width, plan, unwrap
 from slimkernels.elastic.slices import parameter_side
@@ -89,10 +89,19 @@ def view(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
 class Assignment:
     """What one module gets at one width."""
 
-    __slots__ = ("index", "module", "n", "name", "ratio")
+    __slots__ = ("index", "module", "n", "name", "out_index", "ratio")
 
-    def __init__(self, module: Any, n: int, index: Tensor | None, name: str, ratio: float | None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        n: int,
+        index: Tensor | None,
+        name: str,
+        ratio: float | None,
+        out_index: Tensor | None = None,
+    ) -> None:
         self.module, self.n, self.index, self.name, self.ratio = module, n, index, name, ratio
+        self.out_index = out_index
 
 
 def assignments(
@@ -112,7 +121,8 @@ def assignments(
         if isinstance(module, SlimModule):
             n = layer[0].active(units) if layer else module.full_width
             taken = sides.get("in") or sides.get("ch")
-            found.append(Assignment(module, n, _gather(module, taken, units), "", None))
+            out = _gather_outputs(module, sides.get("out"), units)
+            found.append(Assignment(module, n, _gather(module, taken, units), "", None, out))
         for side, dim in sides.items():
             plain = parameter_side(side)
             if plain is None and side == "ch" and not isinstance(module, SlimModule):
@@ -147,6 +157,17 @@ def _gather(module: Any, dim: Dim | None, units: Mapping[str, int]) -> Tensor | 
     return _index(module, dim, units)
 
 
+def _gather_outputs(module: Any, dim: Dim | None, units: Mapping[str, int]) -> Tensor | None:
+    """Likewise of the active outputs; those of a grouped convolution follow its inputs."""
+    if dim is None or dim.blocks == 1 or dim.active(units) == dim.size or not _lists_outputs(module, dim):
+        return None
+    return _index(module, dim, units)
+
+
+def _lists_outputs(module: Any, dim: Dim) -> bool:
+    return (isinstance(module, CONVS) and module.groups == 1) or (isinstance(module, nn.Linear) and not dim.blocks)
+
+
 def _index(module: nn.Module, dim: Dim, units: Mapping[str, int]) -> Tensor:
     device = next((t.device for t in [*module.parameters(), *module.buffers()]), None)
     return torch.tensor(dim.positions(units), dtype=torch.int64, device=device)
@@ -160,6 +181,8 @@ def apply(entries: list[Assignment]) -> None:
             continue
         if module.in_index is not entry.index:
             module.in_index = entry.index
+        if module.out_index is not entry.out_index:
+            module.out_index = entry.out_index
         if entry.ratio is None:
             module.set_width(entry.n)
         else:

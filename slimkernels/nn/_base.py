@@ -10,17 +10,19 @@ class SlimModule:
     The active output width is carried as the shape of an empty tensor attribute: torch.compile then treats it as a dynamic
     integer with no flag set, where a plain int attribute would make one graph a width. The active *input* width is never stored:
     it is the input's shape. The one exception is an input that is a concat of differently slimmed parts, whose active channels
-    are no leading slice: ``in_index`` then lists them.
+    are no leading slice: ``in_index`` then lists them. Outputs that are no leading slice (the halves of a gated convolution) are
+    listed by ``out_index``.
     """
 
     _width: Tensor
     in_index: (
         Tensor | None
     )  # (k,) int64 positions of the active inputs in the full weight, or None: a leading (block) slice
+    out_index: Tensor | None  # (n,) likewise of the outputs; of a convolution without groups or a linear layer
 
     def _init_width(self, full: int) -> None:
         self.full_width = full
-        self.in_index = None
+        self.in_index = self.out_index = None
         self._set_width(full)
 
     def _set_width(self, n: int) -> None:

@@ -76,6 +76,9 @@ class _SlimConv(_SlimConvBase):
                 outputs = self._group_outputs(self.in_index)
                 weight = weight.index_select(0, outputs)
                 bias = None if bias is None else bias.index_select(0, outputs)
+        if self.out_index is not None:
+            weight = weight.index_select(0, self.out_index)
+            bias = None if bias is None else bias.index_select(0, self.out_index)
         padding = self.padding
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -118,6 +121,9 @@ class _SlimConvTranspose(_SlimConvBase, nn.modules.conv._ConvTransposeNd):
             weight = weight.index_select(0, self.in_index)
             if self.groups > 1 and bias is not None:
                 bias = bias.index_select(0, self._group_outputs(self.in_index))
+        if self.out_index is not None:
+            weight = weight.index_select(1, self.out_index)
+            bias = None if bias is None else bias.index_select(0, self.out_index)
         return slim_conv_transpose(
             x,
             weight,

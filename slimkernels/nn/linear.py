@@ -45,16 +45,21 @@ class SlimLinear(SlimModule, nn.Linear):
         x: Tensor,  # (*, k)
         residual: Tensor | None = None,  # (*, n)
     ) -> Tensor:  # (*, n)
-        weight, in_blocks = self.weight, self.in_blocks
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        in_blocks, out_blocks = self.in_blocks, self.out_blocks
         if self.in_index is not None:
             weight, in_blocks = weight.index_select(1, self.in_index), 1
+        if self.out_index is not None:
+            weight, out_blocks = weight.index_select(0, self.out_index), 1
+            bias = None if bias is None else bias.index_select(0, self.out_index)
         return slim_linear(
             x,
             weight,
-            self.bias,
+            bias,
             self.width,
             in_blocks=in_blocks,
-            out_blocks=self.out_blocks,
+            out_blocks=out_blocks,
             activation=self.activation,
             residual=residual,
         )
