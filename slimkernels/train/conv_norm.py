@@ -105,6 +105,7 @@ def _is_ready(conv: Any, norm: Any) -> bool:
         and norm.momentum is not None
         and norm.in_index is None
         and conv.in_index is None
+        and conv.out_index is None
         and conv.activation == "none"
         and conv.padding_mode == "zeros"
         and type(conv.padding) is tuple
