@@ -94,7 +94,7 @@ class Recipe:
 GENERATED: Mapping[str, Any] = {"rule": "sandwich", "distill": "kl", "weight_norm": 0.0, "clip_grad": 1.0}
 FITTED: Mapping[str, Any] = {**GENERATED, "reconstruction": 0.1, "reconstruction_steps": 600}
 SCRATCH: Mapping[str, Any] = {**GENERATED, "reconstruction": 0.0}
-STANDARDIZED: Mapping[str, Any] = {"standardized": True}
+STANDARDIZED, FIXED = {"standardized": True}, {"positions": "absolute"}
 DIGIT_ARMS = (
     Arm("slimmable", lr=1.5e-3),
     Arm("residual", "residual", base="residual", lr=2e-3),
@@ -107,12 +107,12 @@ DIGIT_ARMS = (
 )
 BLOCKS = tuple(f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3))
 BLOCKS_FITTED: Mapping[str, Any] = {**FITTED, "reconstruction_steps": 300}
-FIXED: Mapping[str, Any] = {"positions": "absolute"}
 CIFAR_ARMS = (
     Arm("slimmable", lr=1e-3),
     Arm("residual", "residual", base="residual", lr=6e-3),
     Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
     Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, generator={**FIXED, "hidden": 128}, trainer=BLOCKS_FITTED),
+    Arm("blockwise, residual", "blockwise", blocks=BLOCKS, base="residual", lr=6e-3, trainer=SCRATCH),
     Arm("alone", lr=1e-3, alone=True),
 )
 BLOCK_ARMS = (

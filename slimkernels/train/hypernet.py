@@ -37,10 +37,11 @@ class HypernetTrainer(Trainer):
     | `blockwise` | with ``blocks``          | one, random   | the same |
     | `residual`  | ``base="residual"``      | sandwich      | KL to the full width |
 
-    Mode `blockwise` generates and trains one block after another: each starts as a copy of the one before, and earlier
-    ones stay as they are. Without base, ``reconstruction_steps`` of regression onto the target's own weights
-    (``hyper.reconstruct``) come before the first step, and before the first step of every block: a network that does not
-    start there learns to give nothing, and its residual branch stays dead.
+    Mode `blockwise` generates and trains one block after another: each starts as a copy of the one before (with base
+    "residual", of its hidden layers: a block starts as the target's own), and earlier ones stay as they are. Without base,
+    ``reconstruction_steps`` of regression onto the target's own weights (``hyper.reconstruct``) come before the first step,
+    and before the first step of every block: a network that does not start there learns to give nothing, and its residual
+    branch stays dead.
 
     Validation generates a plain network at each width (mean over ``eval_samples`` noisy samples) and says in the column
     ``seen`` whether the width is one of those trained.
@@ -224,10 +225,22 @@ class HypernetTrainer(Trainer):
         if now > 0:
             copies = [self.generator] if self.ema is None else [self.generator, self.ema.module]
             for generator in copies:
-                generator.init_from(names[now - 1], names[now])
+                self._start_as_copy(generator, names[now - 1], names[now], now)
         self.block = now
         self._train_only(now)
         self._reconstruct(now)
+
+    @staticmethod
+    @torch.no_grad()
+    def _start_as_copy(generator: Any, previous: str, block: str, index: int) -> None:
+        """Of a residual only the hidden layers: another block's change of its weights would be noise on this one's."""
+        part = generator.networks[index]
+        scale = part.scale.clone()
+        generator.init_from(previous, block)
+        if generator.base is not None:
+            part.scale.copy_(scale)
+            part.w_out.zero_()
+            part.b_out.zero_()
 
     def _reconstruct(self, block: int | None) -> None:
         if not self.reconstruction_steps:

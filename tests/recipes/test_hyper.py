@@ -86,7 +86,7 @@ def test_every_cifar_arm_runs(tmp_path, monkeypatch):
     rows = hyper.run(recipe, tmp_path / "out", **QUIET)
     arms = [row["arm"] for row in rows]
     assert {arm: arms.count(arm) for arm in arms} == {
-        "sliced": 3, "slimmable": 3, "alone": 1, "residual": 3, "scratch": 3, "blockwise": 3
+        "sliced": 3, "slimmable": 3, "alone": 1, "residual": 3, "scratch": 3, "blockwise": 3, "blockwise, residual": 3
     }  # fmt: skip
     names = {t.name for t in hyper.make_trainer(
         recipe, recipe.arms[1], hyper.converted(recipe), tmp_path / "t", 0, QUIET["console"], 2

@@ -214,8 +214,9 @@ def test_a_teacher_for_rules_without_the_full_width(teacher):
     torch.testing.assert_close(t.training_step([batch])[0.5], expected)
 
 
-def test_blocks_are_trained_one_after_another():
-    gen = generator(tensors=["2", "3"], blocks=["2", "3"])
+@pytest.mark.parametrize("base", [None, "residual"])
+def test_blocks_are_trained_one_after_another(base):
+    gen = generator(tensors=["2", "3"], blocks=["2", "3"], base=base)
     before = [[p.clone() for p in part.parameters()] for part in gen.networks]
     t, _ = trainer(gen, mode="blockwise", steps_per_block=3, ema=0.9)
     t.fit(steps=3)
@@ -224,6 +225,8 @@ def test_blocks_are_trained_one_after_another():
     assert all(torch.equal(p, old) for p, old in zip(gen.networks[1].parameters(), before[1], strict=True))
     t.fit(steps=4)
     assert all(torch.equal(p, old) for p, old in zip(gen.networks[0].parameters(), first, strict=True))
+    if base is not None:  # its output starts at zero, its scale is its own
+        first[5:8] = [torch.zeros_like(first[5]), torch.zeros_like(first[6]), before[1][7]]
     moved = [(p - start).detach() for p, start in zip(gen.networks[1].parameters(), first, strict=True)]
     assert 0 < max(float(m.abs().max()) for m in moved) < 0.05  # one step away from the copy
 
