@@ -3,8 +3,7 @@
 from torch import Tensor, nn
 
 from slimkernels.nn._base import SlimModule
-from slimkernels.ops import slim_linear
-from slimkernels.ops.slim_linear import check_blocks
+from slimkernels.ops.slim_linear import check_blocks, slim_linear
 
 
 class SlimLinear(SlimModule, nn.Linear):

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from slimkernels.nn._base import SlimModule
-from slimkernels.ops import slim_gru, slim_lstm
+from slimkernels.ops.slim_gru import slim_gru
+from slimkernels.ops.slim_lstm import slim_lstm
 
 
 class _SlimRecurrent(SlimModule, nn.RNNBase):
