@@ -18,6 +18,9 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "elu", "relu6", "har
 # Those whose derivative can be computed from their output; the others need their input in backward.
 OUTPUT_ACTIVATIONS = ("none", "relu", "elu", "relu6", "tanh", "sigmoid")
 
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(k for k in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(k))
+
 
 # Of the packages of GPU kernels: why one cannot be used here, or "".
 REASON_MISSING = {"triton_kernels": triton_missing, "cuda_kernels": cuda_missing}
@@ -133,7 +136,7 @@ def check_shape(op: str, name: str, tensor: Tensor | None, shape: Sequence[int])
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that torch.autocast asks for on the device of ``x``, or None when it is off."""
     kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    on = kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
