@@ -26,7 +26,7 @@ struct Worker {
     z.resize(kRows * kPanel), out.resize(kInrTile * p.padded_out);
     if constexpr (!wide) operand.resize(2 * operand_size);
     if (p.noise == InrNoise::kElement) dense.resize(kInrTile * kInrAxes * p.encoded());
-    if (training || p.noise == InrNoise::kElement) first.resize(size);
+    if ((training && !in_layer()) || p.noise == InrNoise::kElement) first.resize(size);
     if (!training) return;
     dh.resize(size), dw.resize(kInrTile * p.padded_out);
     if constexpr (wide) {
@@ -35,6 +35,9 @@ struct Worker {
       dz_operand.resize(2 * operand_size), dz_pairs.resize(size), pairs.resize(p.depth * size);
     }
   }
+
+  // What the derivative of the first layer's activation needs is the input of the next layer, which stays.
+  bool in_layer() const { return wide && p.by_output && p.noise != InrNoise::kElement; }
 
   // The input of hidden layer k, or the output of the last.
   Activations<T> layer(int64_t k) {
@@ -78,7 +81,7 @@ struct Worker {
       }
       sums = first.data();
     }
-    float* keep = training ? first.data() : nullptr;
+    float* keep = training && !in_layer() ? first.data() : nullptr;
     SK_SWITCH_ACTIVATION(p.activation,
                          [&] { first_layer<act>(tables, first_n, count, padded, hp, sums, layer(0), keep); });
   }
@@ -244,7 +247,7 @@ struct Worker {
     }
     for (int64_t k = p.depth - 1; k >= 0; --k) {
       const Activations<T> dz_k = d_layer(k), h_k = layer(k);
-      float* dw_hidden = g.w_hidden.data() + k * hp * hp;
+      float* dw_hidden = g.hidden + k * hp * hp;
       product<T>(hp, hp, {padded / kUnit<T>, dz_k.over_rows(), 1, row, h_k.over_rows(), row, dw_hidden, hp, true});
       each_block(dz_k, net.backward.data() + k * hp * hp, dh.data(), row, true, [&](int64_t i, int64_t j) {
         if (k > 0) block(k - 1, i, j);
@@ -254,6 +257,7 @@ struct Worker {
 
   void first_layer_backward(const InrJob& job, InrGradients& g) {
     const bool element = p.noise == InrNoise::kElement;
+    const float* from = in_layer() ? h.data() : first.data();
     SK_SWITCH_ACTIVATION(p.activation, [&] {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = first_n + i;
@@ -261,7 +265,7 @@ struct Worker {
         float* b = element ? nullptr : d_tables.b.data() + n % job.cols * hp;
         for (int64_t j = 0; j < hp; j += kLanes) {
           const int64_t at = i * row + j;
-          const vf d = load(dh.data() + at) * activation_derivative<act>(load(first.data() + at));
+          const vf d = load(dh.data() + at) * activation_derivative<act>(load(from + at));
           if (element) store(dh.data() + at, d);
           store(a + j, load(a + j) + d);
           if (b) store(b + j, load(b + j) + d);
@@ -339,9 +343,10 @@ void inr_backward(const InrPlan& p, const float* dy, const T* saved, bool need_s
                   double* dscale, const InrGradientOutputs& out, std::vector<std::unique_ptr<InrGradients>>& shared) {
   Worker<T> worker(p, true);
   std::unique_ptr<InrGradients> g;
+  const auto owned = [&](int64_t mlp) { return p.mlp_first[mlp] >= first && p.mlp_last[mlp] < last; };
   const auto finish = [&] {
     if (!g) return;
-    if (p.mlp_first[g->mlp] >= first && p.mlp_last[g->mlp] < last) {
+    if (owned(g->mlp)) {
       flush_gradients<T>(p, *g, out);
     } else {
       shared.push_back(std::move(g));
@@ -351,7 +356,9 @@ void inr_backward(const InrPlan& p, const float* dy, const T* saved, bool need_s
     if (!g || g->mlp != job.mlp) {
       finish();
       if (!g) g = std::make_unique<InrGradients>();
-      clear_gradients(p, job.mlp, *g);
+      const bool in_place = std::is_same_v<T, float> && p.hidden == p.padded && owned(job.mlp);
+      float* result = static_cast<float*>(out.w_hidden) + job.mlp * p.depth * p.hidden * p.hidden;
+      clear_gradients(p, job.mlp, in_place ? result : nullptr, *g);
     }
     dscale[job.tensor] += worker.backward_job(job, begin, end, dy, saved, need_scale, *g);
   });

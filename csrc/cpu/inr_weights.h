@@ -1,6 +1,8 @@
 // What one call of inr_weights does: the networks, the jobs (a tensor at a width) and the tiles they are cut into.
 #pragma once
 
+#include <c10/core/Allocator.h>
+
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -14,23 +16,21 @@ constexpr int64_t kInrTile = 84;  // coordinates evaluated together; their activ
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A 64-byte aligned array that is not initialised.
+// A 64-byte aligned array that is not initialised, from PyTorch's allocator: profiles of memory show it.
 template <typename T>
 class Buffer {
  public:
   void resize(int64_t size) {
     if (size <= size_) return;
-    memory_.reset(new Line[(size * sizeof(T) + sizeof(Line) - 1) / sizeof(Line)]);
+    memory_.clear();
+    memory_ = c10::GetAllocator(c10::DeviceType::CPU)->allocate(size * sizeof(T));
     size_ = size;
   }
-  T* data() const { return reinterpret_cast<T*>(memory_.get()); }
+  T* data() const { return static_cast<T*>(memory_.get()); }
   T& operator[](int64_t i) const { return data()[i]; }
 
  private:
-  struct alignas(64) Line {
-    char bytes[64];
-  };
-  std::unique_ptr<Line[]> memory_;
+  c10::DataPtr memory_;
   int64_t size_ = 0;
 };
 
@@ -74,7 +74,8 @@ struct InrGradients {
   int64_t mlp = -1;
   Buffer<float> w_in;      // (6, encoded, padded): transposed
   Buffer<float> b_in;      // (padded)
-  Buffer<float> w_hidden;  // (depth, padded, padded)
+  Buffer<float> w_hidden;  // (depth, padded, padded); unused where `hidden` is the result itself
+  float* hidden = nullptr;
   Buffer<float> b_hidden;  // (depth, padded)
   Buffer<float> w_out;     // (outputs, padded)
   Buffer<float> b_out;     // (padded_out)

@@ -1,6 +1,7 @@
-// Gradients of one network: cleared, and written out in the parameters' own order and dtype.
+// Gradients of one network: cleared, and written out in the parameters' own order and dtype. Those of the hidden
+// weights are summed in the result itself where it is float32, without padding and no other thread's.
 
-inline void clear_gradients(const InrPlan& p, int64_t mlp, InrGradients& g) {
+inline void clear_gradients(const InrPlan& p, int64_t mlp, float* result, InrGradients& g) {
   g.mlp = mlp;
   const int64_t hp = p.padded;
   const auto zeros = [](Buffer<float>& buffer, int64_t size) {
@@ -9,7 +10,9 @@ inline void clear_gradients(const InrPlan& p, int64_t mlp, InrGradients& g) {
   };
   zeros(g.w_in, kInrAxes * p.encoded() * hp);
   zeros(g.b_in, hp);
-  zeros(g.w_hidden, p.depth * hp * hp);
+  if (!result) g.w_hidden.resize(p.depth * hp * hp);
+  g.hidden = result ? result : g.w_hidden.data();
+  std::memset(g.hidden, 0, p.depth * hp * hp * sizeof(float));
   zeros(g.b_hidden, p.depth * hp);
   zeros(g.w_out, p.outputs * hp);
   zeros(g.b_out, p.padded_out);
@@ -49,7 +52,9 @@ void flush_gradients(const InrPlan& p, const InrGradients& g, const InrGradientO
   }
   round_rows(g.b_in.data(), 1, h, hp, at(out.b_in, m * h));
   for (int64_t k = 0; k < d; ++k) {
-    round_rows(g.w_hidden.data() + k * hp * hp, h, h, hp, at(out.w_hidden, (m * d + k) * h * h));
+    if (g.hidden == g.w_hidden.data()) {
+      round_rows(g.hidden + k * hp * hp, h, h, hp, at(out.w_hidden, (m * d + k) * h * h));
+    }
     at(out.skip, m * d)[k] = static_cast<T>(static_cast<float>(g.skip[k]));
   }
   round_rows(g.b_hidden.data(), d, h, hp, at(out.b_hidden, m * d * h));

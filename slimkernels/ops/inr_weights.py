@@ -86,7 +86,8 @@ def inr_weights(
     of the encoding's columns (sines, then cosines, of a band) and offsets clamped to 0.49.
 
     ``save``: "full" keeps hidden activations for backward, ``samples * coordinates * D * H`` numbers; "recompute" keeps
-    nothing; "auto" is "full" when that fits ``save_budget``, and "recompute" on CUDA.
+    nothing; "auto" is "full" when that fits ``save_budget``, and "recompute" on CUDA. Each thread of the CPU kernel holds the
+    weights of one network twice more in backward, and the activations of 84 coordinates.
 
     GPU: CUDA C++ (hidden up to 512, outputs up to 128, relu, elu, gelu or silu; float32 in tf32 where
     ``torch.backends.cuda.matmul.allow_tf32``), the rest and the backward of hidden above 256 in PyTorch.

@@ -4,7 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from benchmarks.bench_inr_weights import WORKLOADS, Published, Recomputing
+from benchmarks.harness import Provider, caller, extra_bytes
 from slimkernels._extension import cpp_available
 
 SCRIPT = """
@@ -54,3 +57,18 @@ def test_inr_weights_recompute_needs_memory_for_the_weights_alone():
     assert curve[256] <= peak("published", 256) / 10
     kept = 3 * 128 * 256**2 * 4  # what "full" saves
     assert curve[256] + kept / 2 <= peak("full", 256)
+
+
+@pytest.mark.skipif(not cpp_available(), reason="the reference recomputes in larger pieces")
+def test_inr_weights_recompute_needs_a_tenth_of_eager():
+    """The last block of ResNet-20, by PyTorch's allocator: results, gradients, and the kernel's own arrays."""
+    options = (WORKLOADS["resnet20-last-block"], 256, 4, 16, torch.float32)
+    taken = {}
+    for kind in (Recomputing, Published):
+        module = kind(*options)
+        scale = torch.ones(4, requires_grad=True)
+        call = caller(Provider(module, module, module, (scale,)), "full")
+        call()
+        taken[kind] = extra_bytes(call)
+    gradients = 4 * sum(p.numel() for p in module.parameters())
+    assert gradients < taken[Recomputing] <= taken[Published] / 10
