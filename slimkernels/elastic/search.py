@@ -1,11 +1,14 @@
 """``search``: the sub-network with the best validation score within a limit, and the Pareto front."""
 
 import itertools
+import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ def search(
     evaluations: int = 200,
     example_inputs: Any = None,
     seed: int = 0,
+    log: str | os.PathLike | None = None,
 ) -> SearchResult:
     """The sub-network with the highest score within all limits: not merely the largest one that fits.
 
@@ -58,9 +62,12 @@ def search(
         evaluations: most networks that `evolution` looks at.
         example_inputs: as in ``convert``; needed for a limit of the latency.
         seed: of `evolution`.
+        log: file that gets a line for every score as soon as it is known. Scores that it has from a search before, one
+            that was interrupted say, are not computed again; it is for one model with one set of weights.
 
-    Raises: ValueError when an argument does not fit, a score is not finite, or a limit is impossible: the message says
-        what the smallest sub-network costs; ImportError when `evolution` is asked for and pymoo is not installed.
+    Raises: ValueError when an argument does not fit, the log is of another model, a score is not finite, or a limit is
+        impossible: the message says what the smallest sub-network costs; ImportError when `evolution` is asked for and pymoo
+        is not installed.
     Source: Yu and Huang, AutoSlim (arXiv 1903.11728); Luo et al., Subnetwork-to-go (arXiv 2312.03464).
     """
     limits = {"params": max_params, "macs": max_macs, "latency_ms": max_latency_ms}
@@ -68,7 +75,7 @@ def search(
         raise ValueError(f"search: expected method to be one of {', '.join(METHODS)}, got {method!r}")
     if per_group and method == "grid":
         raise ValueError("search: expected method 'greedy' or 'evolution' with per_group=True, got 'grid'")
-    scored = _Scored(model, evaluate, _check_limits("search", limits), example_inputs, seed)
+    scored = _Scored(model, evaluate, _check_limits("search", limits), example_inputs, seed, _Log(log))
     space = _Space(plan(model), per_group, widths)
     _check_possible("search", scored, space)
     if method == "grid":
@@ -149,6 +156,46 @@ class _Space:
         return width, dict(zip(self.known.stages, depths, strict=True)) if self.per_group else depths[0]
 
 
+class _Log:
+    """Scores that are kept in a file, a line of JSON each."""
+
+    def __init__(self, path: str | os.PathLike | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.kept: dict[str, dict[str, Any]] = {}
+        if self.path is not None and self.path.exists():
+            *lines, last = self.path.read_text(encoding="utf-8").split("\n")
+            if last:  # an interruption while it was written
+                self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            try:
+                found = [json.loads(line) for line in lines]
+                self.kept = {self._key(entry["width"], entry["depth"]): entry for entry in found}
+                wanted = {"params", "macs", "score"}
+                if not all(wanted <= entry.keys() for entry in found):
+                    raise KeyError
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"search: expected log to be the log of a search, got {self.path}") from None
+
+    @staticmethod
+    def _key(width: Width, depth: Depth) -> str:
+        return json.dumps([width, depth], sort_keys=True)
+
+    def score(self, candidate: Candidate) -> float | None:
+        entry = self.kept.get(self._key(candidate.width, candidate.depth))
+        if entry is not None and (entry["params"], entry["macs"]) != (candidate.params, candidate.macs):
+            raise ValueError(
+                f"search: expected log to be of this model, got one in which {candidate.name} costs"
+                f" {entry['params']:,} parameters instead of {candidate.params:,} in {self.path}"
+            )
+        return None if entry is None else entry["score"]
+
+    def add(self, candidate: Candidate, score: float) -> None:
+        if self.path is None:
+            return
+        entry = {"width": candidate.width, "depth": candidate.depth, "params": candidate.params, "macs": candidate.macs}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry | {"score": score}) + "\n")
+
+
 @dataclass
 class _Scored:
     """Costs and scores of candidates, each measured once."""
@@ -158,6 +205,7 @@ class _Scored:
     limits: dict[str, float]
     example_inputs: Any
     seed: int
+    log: _Log = field(default_factory=lambda: _Log(None))
     found: dict[Genome, Candidate] = field(default_factory=dict)  # those with a score
     latencies: dict[str, float] = field(default_factory=dict)
 
@@ -195,11 +243,15 @@ class _Scored:
         return found if beyond or self.fits(found) else None
 
     def _score(self, candidate: Candidate) -> float:
+        known = self.log.score(candidate)
+        if known is not None:
+            return known
         inner = unwrap(self.model)
         with _evaluation(inner), torch.no_grad(), at_width(inner, candidate.width, candidate.depth):
             score = float(self.evaluate(self.model))
         if not math.isfinite(score):
             raise ValueError(f"search: expected evaluate to give a finite score, got {score} at {candidate.name}")
+        self.log.add(candidate, score)
         return score
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slimkernels import elastic
+from slimkernels.models.bsrnn import BSRNN
 from tests.elastic.test_depth import Residual
 
 WIDTHS = [0.25, 0.5, 0.75, 1.0]
@@ -181,3 +182,60 @@ def test_evolution_without_pymoo_says_what_to_type(model, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"pymoo is not installed; type \"pip install 'slimkernels\[search\]'\""):
         elastic.search(model, size, method="evolution")
+
+
+@pytest.mark.parametrize("method", ["grid", "greedy", "evolution"])
+def test_interrupted_search_goes_on_where_it_was(method, tmp_path):
+    torch.manual_seed(0)
+    net = BSRNN(16, 12, 2, bands=[4, 8], channels=1).eval()
+    model = elastic.convert(net, torch.randn(1, 5, 24), divisor=4, depth=True)
+    calls = []
+
+    def evaluate(m):
+        calls.append(1)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return float(m(torch.ones(1, 5, 24)).square().mean())
+
+    options = {"method": method, "per_group": method != "grid", "max_params": 4500, "evaluations": 40}
+    stop_at = None
+    whole = elastic.search(model, evaluate, **options)
+    total, log = len(calls), tmp_path / "search.jsonl"
+    calls.clear()
+    stop_at = total // 2
+    with pytest.raises(KeyboardInterrupt):
+        elastic.search(model, evaluate, log=log, **options)
+    with log.open("a") as file:
+        file.write('{"width": 0.')
+    stop_at = None
+    resumed = elastic.search(model, evaluate, log=log, **options)
+    assert len(calls) == total + 1
+    assert resumed.tried == whole.tried
+    assert resumed.best == whole.best
+    elastic.search(model, evaluate, log=log, **options)
+    assert len(calls) == total + 1
+    assert elastic.plan(model).current == 1.0
+
+    other = elastic.convert(BSRNN(32, 12, 2, bands=[4, 8], channels=1), torch.randn(1, 5, 24), divisor=4, depth=True)
+    with pytest.raises(ValueError, match="expected log to be of this model"):
+        elastic.search(other, evaluate, log=log, **(options | {"max_params": 1e9}))
+    log.write_text("width,depth\n")
+    with pytest.raises(ValueError, match="expected log to be the log of a search"):
+        elastic.search(model, evaluate, log=log, **options)
+
+
+def test_network_with_depth_under_a_latency(tmp_path):
+    torch.manual_seed(0)
+    net, x = BSRNN(16, 12, 2, bands=[4, 8], channels=1).eval(), torch.randn(1, 5, 24)
+    model = elastic.convert(net, x, divisor=4, depth=True)
+    found = elastic.search(model, lambda m: float(m(x).abs().mean()), max_latency_ms=1e4, example_inputs=x)
+    assert all(c.latency_ms > 0 for c in found.tried)
+    assert {c.depth for c in found.tried} == {0.5, 1.0}
+    found.to_csv(tmp_path / "front.csv")
+    found.plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 0
+    with pytest.raises(ValueError, match=r"expected max_latency_ms of at least .* what the smallest sub-network costs"):
+        elastic.search(model, lambda m: 0.0, max_latency_ms=1e-6, example_inputs=x)
+    with pytest.raises(ValueError, match="expected max_params of at least"):
+        elastic.extract(model, max_params=10)
+    assert sum(p.numel() for p in elastic.extract(model, max_params=4500).parameters()) <= 4500
