@@ -62,7 +62,21 @@ struct TileEnd {
   bool clamps;
   Activate other;  // any other activation
   int tail;        // outputs in the last vector
+  bool fetch_x;    // asks for the input of the next tile while it works on this one
+  const float* fetch_w;  // or for as many weights of another vector as it uses of one
 };
+
+constexpr int kLine = 64;  // bytes
+
+// Asks for memory that is read, or written in full, a tile later: hardware follows fewer streams than a tile has pixels.
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void fetch_to_write(void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" ::"m"(*(const char*)p));
+#else
+  __builtin_prefetch(p, 1, 3);
+#endif
+}
 
 // y (P, V * kLanes) = act(sum over the runs of x[p * step + k] * w[k] + bias + residual). `sums` (P, V * kLanes): where the sums
 // of earlier runs are taken from and these are put, when the depth is worked on in parts.
@@ -80,15 +94,25 @@ void conv_tile(const float* x, int64_t step, const deploy::TapRun* runs, int64_t
     const float* from = x + runs[r].offset;
     const float* weights = w + runs[r].packed * kLanes;
     const int64_t units = runs[r].units;
-    for (int64_t k = 0; k < units; ++k, weights += kLanes) {
-      vf b[V];
+    for (int64_t k = 0; k < units;) {
+      int64_t stop = units;
+      if (end.fetch_w) {
+        stop = std::min<int64_t>(units, k + kLine / 4);
+        for (int64_t i = k; i < stop; i += kLine / (4 * kLanes)) fetch(end.fetch_w + i * kLanes);
+      } else if (end.fetch_x) {
+        stop = std::min<int64_t>(units, k + kLine / 4);
+        for (int p = 0; p < P; ++p) fetch(from + (p + P) * step + k);
+      }
+      for (; k < stop; ++k, weights += kLanes) {
+        vf b[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) b[v] = load(weights + v * vector_step);
+        for (int v = 0; v < V; ++v) b[v] = load(weights + v * vector_step);
 #pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) {
-        const vf unit = splat(from[p * step + k]);
+        for (int p = 0; p < P; ++p) {
+          const vf unit = splat(from[p * step + k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) acc[p][v] = multiply_add(acc[p][v], unit, b[v], T{});
+          for (int v = 0; v < V; ++v) acc[p][v] = multiply_add(acc[p][v], unit, b[v], T{});
+        }
       }
     }
   }
@@ -181,6 +205,18 @@ const T* residual_at(const deploy::Places& at, const deploy::Plane& plane, int64
   return at.residual ? (const T*)at.residual + image * plane.image + row * plane.row : nullptr;
 }
 
+// What a tile writes and adds, one tile before it does.
+template <typename T>
+void fetch_tile(T* y, int64_t y_pixel, const T* residual, int64_t residual_pixel, int64_t pixels, int64_t channels) {
+  constexpr int64_t kStep = kLine / sizeof(T);
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t c = 0; c < channels; c += kStep) fetch_to_write(y + p * y_pixel + c);
+  }
+  for (int64_t p = 0; residual && p < pixels; ++p) {
+    for (int64_t c = 0; c < channels; c += kStep) fetch(residual + p * residual_pixel + c);
+  }
+}
+
 template <typename T>
 void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
   const int64_t all_vectors = (job.out_c + kLanes - 1) / kLanes;
@@ -205,6 +241,7 @@ void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
         const int64_t channel = vector * kLanes;
         end.bias = job.epilogue.bias + channel;
         end.tail = std::min<int64_t>(kLanes, job.out_c - (vector + vectors - 1) * kLanes);
+        end.fetch_x = job.fetch_x && panel == panels * split / splits;
         const float* weight = (const float*)job.weight + vector * vector_step;
         const int64_t tile = std::min<int64_t>(job.tile, tile_limit(vectors));
         const int64_t rest = job.out_w % tile;
@@ -221,6 +258,11 @@ void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
             if (residual) residual += channel;
             int64_t j = 0;
             for (; j + tile <= job.out_w; j += tile) {
+              if (job.fetch && part == parts - 1) {
+                fetch_tile(y + (j + tile) * job.y.pixel, job.y.pixel,
+                           residual ? residual + (j + tile) * job.residual.pixel : nullptr, job.residual.pixel, tile,
+                           vectors * kLanes);
+              }
               whole(x + j * job.x.pixel, job.x.pixel, runs, run_count, weight, vector_step, end, sum, part == 0,
                     part == parts - 1, residual ? residual + j * job.residual.pixel : nullptr, y + j * job.y.pixel);
               if (parts > 1) sum += tile * vectors * kLanes;
@@ -341,8 +383,11 @@ void depthwise_kernel(const deploy::DepthwiseJob& job, const deploy::Places& at)
 }
 
 #include "deploy_pointwise-inl.h"
+#include "deploy_winograd-inl.h"
 
 template <typename T>
 deploy::Kernels kernels_of() {
-  return {kLanes, kTileRegisters, &conv_kernel<T>, &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
+  const auto winograd = std::is_same_v<T, float> ? &winograd_kernel : nullptr;
+  return {kLanes,           kTileRegisters,       &conv_kernel<T>,      winograd,
+          &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
 }

@@ -42,6 +42,7 @@ struct Misfit : std::runtime_error {
 // Weights of one step.
 struct Weights {
   at::Tensor packed, bias;       // as the kernels read them
+  at::Tensor winograd;           // for 3x3 by Winograd's algorithm, beside `packed`
   at::Tensor weight, full_bias;  // as PyTorch reads them, where it runs the step
   int64_t out = 0, in = 0, groups = 1, kernel_h = 1, kernel_w = 1;
   std::vector<int64_t> stride, padding, dilation, output_padding;
@@ -61,7 +62,7 @@ struct Value {
   int64_t offset = 0, pixel = 0;
 };
 
-enum class Runs { kConv, kDepthwise, kPool, kPointwise, kZeros, kImport, kExport, kFlatten, kTorchConv };
+enum class Runs { kConv, kWinograd, kDepthwise, kPool, kPointwise, kZeros, kImport, kExport, kFlatten, kTorchConv };
 
 // One action of a plan; `index` is that of its job.
 struct Action {
@@ -76,10 +77,11 @@ struct Plan {
   std::vector<Value> values;
   std::vector<Action> actions;
   std::vector<ConvJob> convs;
+  std::vector<WinogradJob> winograds;
   std::vector<DepthwiseJob> depthwises;
   std::vector<PoolJob> pools;
   std::vector<PointwiseJob> pointwises;
-  int64_t arena_bytes = 0;
+  int64_t arena_bytes = 0, scratch_bytes = 0;  // the scratch memory lies behind the values
   std::vector<std::string> descriptions;  // of every step
 };
 
@@ -117,7 +119,8 @@ constexpr size_t kMaxPlans = 32;  // input shapes that a width keeps a plan for
 // Weights as the kernels read them; `groups` other than 1 and the channels stays PyTorch's.
 Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding,
-                  int64_t groups, bool transposed, at::ScalarType dtype);
+                  int64_t groups, bool transposed, at::ScalarType dtype, bool winograd);
+at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes);  // undefined where it never pays
 Weights pack_affine(const at::Tensor& scale, const at::Tensor& shift);
 
 std::shared_ptr<const Plan> make_plan(const Bound& bound, const std::vector<at::Tensor>& inputs);

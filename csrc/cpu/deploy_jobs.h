@@ -23,7 +23,7 @@ struct Plane {
 // Where a job's activations lie: x and y at their first value (x of the padding, where a convolution reads it).
 struct Places {
   const char *x = nullptr, *residual = nullptr;  // residual may be null
-  char* y = nullptr;
+  char *y = nullptr, *scratch = nullptr;
 };
 
 struct Epilogue {
@@ -41,6 +41,19 @@ struct ConvJob {
   const char* weight;           // (vectors of outputs, depth, lanes) units
   int64_t vectors, tile;        // of outputs, of pixels: the register tile
   int64_t band;                 // output rows (over all images) that are worked on together
+  bool fetch, fetch_x;          // outputs (and residual), input: larger than the second-level cache
+  Epilogue epilogue;
+};
+
+// Winograd's F(4x4, 3x3): `block` tiles of 4x4 outputs at a time through 36 matrices of inputs (v) and of outputs (m), which lie
+// `v_position` and `m_position` floats apart in a slot of the scratch memory; each slot is worked on by one thread.
+struct WinogradJob {
+  int64_t images, out_h, out_w, in_c, out_c;
+  Plane x, y, residual;
+  const float* weight;    // (36, vectors of outputs, in_c, lanes)
+  int64_t vectors, tile;  // register tile of the products
+  int64_t block, slots, slot_floats, v_position, m_position;
+  bool fetch_weights;  // they are too many for a near cache
   Epilogue epilogue;
 };
 
@@ -69,6 +82,7 @@ struct PointwiseJob {
 struct Kernels {
   int64_t lanes, tile_registers;  // floats in a vector; accumulators a register tile may have
   void (*conv)(const ConvJob&, const Places&);
+  void (*winograd)(const WinogradJob&, const Places&);  // float only
   void (*depthwise)(const DepthwiseJob&, const Places&);
   void (*pool)(const PoolJob&, const Places&);
   void (*pointwise)(const PointwiseJob&, const Places&);

@@ -31,7 +31,7 @@ at::Tensor by_vectors(const at::Tensor& weight, int64_t lanes, at::ScalarType dt
 
 Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding,
-                  int64_t groups, bool transposed, at::ScalarType dtype) {
+                  int64_t groups, bool transposed, at::ScalarType dtype, bool winograd) {
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.numel() > 0, "deploy: expected a weight of 4 dimensions, got ",
                     weight.sizes());
   Weights w;
@@ -53,6 +53,10 @@ Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bia
     // The depth of a vector of outputs is the taps one after the other.
     const at::Tensor packed = by_vectors(values.permute({2, 3, 1, 0}).reshape({taps, w.in, w.out}), lanes, dtype);
     w.packed = packed.transpose(0, 1).contiguous();
+    const bool one_step = w.stride[0] == 1 && w.stride[1] == 1 && w.dilation[0] == 1 && w.dilation[1] == 1;
+    if (winograd && dtype == at::kFloat && w.kernel_h == 3 && w.kernel_w == 3 && one_step) {
+      w.winograd = pack_winograd(weight, lanes);
+    }
   } else if (separate) {
     w.packed = by_vectors(values.permute({2, 3, 0, 1}).reshape({taps, w.in, w.out}), lanes, dtype);
   } else if (!transposed && groups == w.in && groups == w.out) {
@@ -78,7 +82,7 @@ Weights pack_affine(const at::Tensor& scale, const at::Tensor& shift) {
 int64_t Bound::bytes() const {
   int64_t total = 0;
   for (const Weights& w : weights) {
-    for (const at::Tensor& t : {w.packed, w.bias, w.weight, w.full_bias}) total += t.defined() ? t.nbytes() : 0;
+    for (const at::Tensor& t : {w.packed, w.bias, w.winograd, w.weight, w.full_bias}) total += t.defined() ? t.nbytes() : 0;
   }
   return total;
 }

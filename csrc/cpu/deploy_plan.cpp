@@ -232,6 +232,7 @@ Planner::Planner(const Bound& b, const std::vector<at::Tensor>& given)
   memory();
   actions();
   places();
+  plan.arena_bytes = up(plan.arena_bytes, 64) + plan.scratch_bytes;
 }
 
 std::shared_ptr<const Plan> make_plan(const Bound& bound, const std::vector<at::Tensor>& inputs) {

@@ -31,6 +31,8 @@ class Planner {
   void act(int step);
   void conv(int step);
   void depthwise(int step);
+  bool winograd(int step);  // false where it does not pay
+  bool pays_winograd(int64_t tiles, int64_t pixels, int64_t in, int64_t out) const;
   void zeros(int value);
   void copy(int from, int to, int step, int64_t x_shift, int64_t y_shift, int64_t w, int64_t c);
   void pointwise(int step, int x, int residual, const float* scale, const float* bias);

@@ -96,9 +96,9 @@ void bind_deploy(py::module_& m) {
   m.def("deploy_pack_conv",
         [](const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
            std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding, int64_t groups,
-           bool transposed, const py::object& dtype) {
+           bool transposed, const py::object& dtype, bool winograd) {
           return deploy::pack_conv(weight, bias, stride, padding, dilation, output_padding, groups, transposed,
-                                   scalar_type(dtype));
+                                   scalar_type(dtype), winograd);
         });
   m.def("deploy_pack_affine", &deploy::pack_affine);
   m.def("deploy_has_bfloat16", [] { return deploy::bfloat16_kernels() != nullptr; });

@@ -10,12 +10,28 @@
 #include <cstring>
 #include <ctime>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "deploy_plan.h"
 
 namespace slimkernels::deploy {
 namespace {
 
 std::atomic<int64_t> held_bytes{0};
+
+// New memory for activations, in large pages where the system gives them: a tile touches a page for every few pixels.
+at::Tensor fresh(int64_t bytes) {
+  const at::Tensor made = at::empty({bytes}, at::kByte);
+#if defined(__linux__)
+  constexpr uintptr_t kLarge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(made.data_ptr()), first = (begin + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kLarge * kLarge;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may decline
+#endif
+  return made;
+}
 
 // Memory for activations, kept for the next call; every call that runs at the same time has its own.
 class Arenas {
@@ -34,7 +50,7 @@ class Arenas {
       free_.clear();  // too small ones; the larger one serves for them
     }
     held_bytes += bytes;
-    return at::empty({bytes}, at::kByte);
+    return fresh(bytes);
   }
   void give(at::Tensor arena) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -224,6 +240,9 @@ struct Run {
       if (off) at.residual += (off / y_row * row + off % y_row / y.pixel * v.pixel) * bound.element;
     }
     switch (a.runs) {
+      case Runs::kWinograd:
+        at.scratch = arena + plan.arena_bytes - plan.scratch_bytes;
+        return bound.kernels->winograd(plan.winograds[a.index], at);
       case Runs::kConv: return bound.kernels->conv(plan.convs[a.index], at);
       case Runs::kDepthwise: return bound.kernels->depthwise(plan.depthwises[a.index], at);
       case Runs::kPool: return bound.kernels->pool(plan.pools[a.index], at);
@@ -303,6 +322,10 @@ std::vector<StepTime> Bound::time(std::vector<at::Tensor> inputs, int64_t repeat
       const ConvJob& job = plan->convs[a.index];
       time.flops = 2 * job.images * job.out_h * job.out_w * job.out_c * job.depth * (element == 2 ? 2 : 1);
       time.bytes += job.depth * 4 * job.out_c;
+    } else if (a.runs == Runs::kWinograd) {
+      const WinogradJob& job = plan->winograds[a.index];
+      time.flops = 2 * 9 * job.images * job.out_h * job.out_w * job.out_c * job.in_c;
+      time.bytes += 36 * job.in_c * job.out_c * 4;
     } else if (a.runs == Runs::kDepthwise) {
       const DepthwiseJob& job = plan->depthwises[a.index];
       time.flops = 2 * job.images * job.out_h * job.out_w * job.channels * job.kernel_h * job.kernel_w;

@@ -79,22 +79,24 @@ def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
-def make_segment(form: SegmentForm, root: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def make_segment(
+    form: SegmentForm, root: nn.Module, dtype: torch.dtype, device: torch.device, winograd: bool
+) -> nn.Module:
     """The segment with the weights that the layers of ``root`` have."""
     if _C is not None and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
-        return NativeSegment(form, root, dtype)
+        return NativeSegment(form, root, dtype, winograd)
     return TorchSegment(form, root, dtype)
 
 
 class NativeSegment(nn.Module):
     """Runs its steps in C++ (``csrc/cpu/deploy.h``)."""
 
-    def __init__(self, form: SegmentForm, root: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, form: SegmentForm, root: nn.Module, dtype: torch.dtype, winograd: bool) -> None:
         super().__init__()
         assert _C is not None
         self.form = form
         steps = [(s.kind, s.inputs, s.output, s.residual, s.activation, s.numbers) for s in form.steps]
-        packed = [_packed(step, root, dtype) for step in form.steps]
+        packed = [_packed(step, root, dtype, winograd) for step in form.steps]
         program = _C.DeployProgram(steps, form.ranks, form.outputs)
         self.bound = _C.DeployBound(program, packed, dtype)
 
@@ -122,7 +124,7 @@ class NativeSegment(nn.Module):
         return found
 
 
-def _packed(step: Step, root: nn.Module, dtype: torch.dtype) -> Any:
+def _packed(step: Step, root: nn.Module, dtype: torch.dtype, winograd: bool) -> Any:
     assert _C is not None
     if not step.module:
         return _C.deploy_no_weights()
@@ -139,6 +141,7 @@ def _packed(step: Step, root: nn.Module, dtype: torch.dtype) -> Any:
         layer.groups,
         layer.transposed,
         dtype,
+        winograd,
     )
 
 

@@ -1,0 +1,106 @@
+"""3x3 convolutions of deployed networks by Winograd's algorithm: where it runs, and that it is as good as rule 1 asks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from slimkernels import elastic, models
+from slimkernels._extension import _C
+from tests.helpers import FLOOR, error
+
+pytestmark = pytest.mark.skipif(_C is None, reason="needs the C++ kernels")
+
+
+class Block(nn.Module):
+    """A 3x3 convolution between two others, with a norm, an addition and an activation."""
+
+    def __init__(self, inner, outer, padding=1, residual=False, act=None):
+        super().__init__()
+        self.enter = nn.Conv2d(3, inner, 1)
+        self.conv = nn.Conv2d(inner, outer, 3, padding=padding, bias=act is None)
+        self.norm = nn.BatchNorm2d(outer)
+        self.added = nn.Conv2d(inner, outer, 1) if residual else None
+        self.act = act or nn.Identity()
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        y = self.norm(self.conv(x))
+        return self.act(y if self.added is None else y + self.added(x))
+
+
+def runs_on(deployed, name):
+    return next(layer.runs_on for layer in deployed.report.layers if layer.name == name)
+
+
+CASES = {
+    "16-channels": (Block(16, 16), (1, 3, 16, 16)),
+    "odd-channels": (Block(33, 50), (2, 3, 13, 22)),
+    "no-padding-residual": (Block(40, 24, padding=1, residual=True, act=nn.ReLU()), (3, 3, 9, 31)),
+    "wide-padding": (Block(24, 72, padding=2, act=nn.ReLU6()), (1, 3, 17, 10)),
+    "padding-0": (Block(32, 17, padding=0, act=nn.SiLU()), (2, 3, 21, 15)),
+    "deep": (Block(192, 96, residual=True), (2, 3, 15, 14)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_as_good_as_pytorch(name):
+    torch.manual_seed(0)
+    net, shape = CASES[name]
+    net, x = copy.deepcopy(net).eval(), torch.randn(shape)
+    for buffer in net.buffers():
+        buffer.add_(torch.rand_like(buffer.float()).to(buffer.dtype))
+    model = elastic.convert(net, x, divisor=1)
+    exact = copy.deepcopy(net).double()(x.double())
+    limit = 2 * error(net(x), exact) + FLOOR[torch.float32]
+    deployed, direct = elastic.deploy(model), elastic.deploy(model, winograd=False)
+    assert error(deployed(x), exact) <= limit
+    assert error(direct(x), exact) <= limit
+    assert "Winograd" in runs_on(deployed, "conv")
+    assert "Winograd" not in runs_on(direct, "conv")
+    assert deployed.cache_bytes > direct.cache_bytes
+    assert sum(t.flops for t in deployed.profile(x, repeats=1)) == sum(t.flops for t in direct.profile(x, repeats=1))
+
+
+@torch.no_grad()
+def test_where_it_runs():
+    x = torch.randn(1, 3, 16, 16)
+    narrow = elastic.deploy(elastic.convert(Block(15, 32).eval(), x, divisor=1))
+    narrow(x)
+    assert "Winograd" not in runs_on(narrow, "conv")
+    wide = elastic.deploy(elastic.convert(Block(512, 512).eval(), x, divisor=1))
+    wide(torch.randn(1, 3, 7, 7))  # so few outputs that reading 36 weights for 9 takes longer
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # with shorter vectors it does not
+        assert "Winograd" not in runs_on(wide, "conv")
+    wide(torch.randn(8, 3, 7, 7))
+    assert "Winograd" in runs_on(wide, "conv")
+
+
+@torch.no_grad()
+def test_an_infinite_input_reaches_its_tile_only():
+    x = torch.randn(1, 3, 24, 24)
+    deployed = elastic.deploy(elastic.convert(Block(16, 16).eval(), x, divisor=1))
+    x[0, 0, 5, 5] = torch.inf
+    y = deployed(x)
+    assert "Winograd" in runs_on(deployed, "conv")
+    assert not torch.isfinite(y[:, :, 4:7, 4:7]).all()
+    assert torch.isfinite(y[:, :, 8:]).all()
+    assert torch.isfinite(y[:, :, :, 8:]).all()
+
+
+@torch.no_grad()
+def test_a_whole_network():
+    torch.manual_seed(0)
+    net, x = models.cifar_resnet20().eval(), torch.randn(8, 3, 32, 32)
+    model = elastic.convert(net, x, divisor=4)
+    deployed = elastic.deploy(model)
+    for width in (1.0, 0.75):
+        plain = elastic.extract(model, width).eval()
+        exact = copy.deepcopy(plain).double()(x.double())
+        deployed.set_width(width)
+        y = deployed(x)
+        assert error(y, exact) <= 2 * error(plain(x), exact) + FLOOR[torch.float32]
+        assert torch.equal(y.argmax(1), exact.argmax(1))
+        assert sum("Winograd" in layer.runs_on for layer in deployed.report.layers) >= 8
