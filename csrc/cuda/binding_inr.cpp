@@ -24,9 +24,12 @@ ScalarType storage(int64_t operand) {
                                        : ScalarType::Float;
 }
 
+// `alignment`: bytes; the kernels read most of what is packed in steps of 16.
 void check_packed(const char* name, const Tensor& t, ScalarType dtype, const Tensor& like,
-                  const std::vector<int64_t>& sizes) {
+                  const std::vector<int64_t>& sizes, uintptr_t alignment = 16) {
   check_sizes("inr_weights", name, t, sizes);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignment == 0, "inr_weights: expected ", name,
+                  " aligned to ", alignment, " bytes");
   STD_TORCH_CHECK(
       t.scalar_type() == dtype && t.is_contiguous() && t.is_cuda() && t.get_device_index() == like.get_device_index(),
       "inr_weights: expected ", name, " packed, contiguous and on the CUDA device of w_in");
@@ -36,6 +39,7 @@ void check_packed(const char* name, const Tensor& t, ScalarType dtype, const Ten
 struct Call {
   SkInr c{};
   int64_t total = 0;  // weights
+  std::vector<SkInrJob> jobs;
   std::vector<Tensor> alive;
 };
 
@@ -64,23 +68,24 @@ Call make_call(const std::vector<Tensor>& networks, const std::optional<Tensor>&
   c.first_sample = numbers[5], c.real_outputs = numbers[6], c.norm = float(norm), c.limit = float(limit);
   c.mlps = w_in.size(0), c.hidden = w_in.size(3), c.bands = (w_in.size(2) - 1) / 2;
   c.depth = networks[4].size(1), c.outputs = networks[6].size(1);
-  const int64_t tile = sk_inr_tile(c.hidden, per_sample), p = c.mlps, d = c.depth, h = c.hidden, o = c.outputs;
-  STD_TORCH_CHECK(tile && o % 64 == 0 && o <= 128 && c.real_outputs <= o && c.samples >= 1 && c.bands <= 31, op,
+  const int64_t tile = sk_inr_tile(c.hidden), p = c.mlps, d = c.depth, h = c.hidden, o = c.outputs;
+  STD_TORCH_CHECK(tile && o % 64 == 0 && o <= 128 && o <= h && c.real_outputs <= o && c.samples >= 1 && c.bands <= 31, op,
                   ": expected packed networks of 64, 128, 256 or 512 hidden units and at most 128 outputs");
   check_packed("w_in", w_in, ScalarType::Float, w_in, {p, 6, 1 + 2 * c.bands, h});
   check_packed("b_in", networks[1], ScalarType::Float, w_in, {p, h});
   check_packed("w_hidden", networks[2], operands, w_in, {p, d, h, h});
   check_packed("b_hidden", networks[3], ScalarType::Float, w_in, {p, d, h});
-  check_packed("skip", networks[4], ScalarType::Float, w_in, {p, d});
+  check_packed("skip", networks[4], ScalarType::Float, w_in, {p, d}, 4);
   check_packed("w_out", networks[5], operands, w_in, {p, o, h});
-  check_packed("b_out", networks[6], ScalarType::Float, w_in, {p, o});
+  check_packed("b_out", networks[6], ScalarType::Float, w_in, {p, o}, 4);
   const auto floats = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
   c.w_in = floats(w_in), c.b_in = floats(networks[1]), c.w_hidden = networks[2].const_data_ptr();
   c.b_hidden = floats(networks[3]), c.skip = floats(networks[4]), c.w_out = networks[5].const_data_ptr();
   c.b_out = floats(networks[6]), c.scale = scale ? floats(*scale) : nullptr;
 
   c.job_count = int64_t(rows.size()) / kJobColumns;
-  std::vector<SkInrJob> jobs(c.job_count);
+  std::vector<SkInrJob>& jobs = call.jobs;
+  jobs.resize(c.job_count);
   for (int64_t j = 0; j < c.job_count; ++j) {
     const int64_t* r = rows.data() + j * kJobColumns;
     SkInrJob& job = jobs[j];
@@ -88,7 +93,8 @@ Call make_call(const std::vector<Tensor>& networks, const std::optional<Tensor>&
            r[9], r[10], r[11], r[12], r[13], nullptr, r[15], r[16], r[17]};
     STD_TORCH_CHECK(job.mlp >= 0 && job.mlp < p && job.kernel >= 1 && job.tile_out >= 1 && job.tile_in >= 1 &&
                         job.kernel * job.tile_out * job.tile_in <= c.real_outputs && job.c_out >= 1 && job.c_in >= 1 &&
-                        job.tensor >= 0 && (!scale || job.tensor < scale->size(0)),
+                        job.tensor >= 0 && (!scale || job.tensor < scale->size(0)) &&
+                        (base.empty() || job.tensor < int64_t(base.size())),
                     op, ": expected jobs[", j, "] to fit the networks");
     const int64_t height = (job.c_out + job.tile_out - 1) / job.tile_out;
     const int64_t width = (job.c_in + job.tile_in - 1) / job.tile_in;
@@ -108,10 +114,11 @@ Call make_call(const std::vector<Tensor>& networks, const std::optional<Tensor>&
   }
   STD_TORCH_CHECK(c.tiles < (int64_t(1) << 31) && c.table_rows < (int64_t(1) << 31), op,
                   ": expected fewer coordinates");
-  if (scale) check_packed("scale", *scale, ScalarType::Float, w_in, {scale->size(0)});
+  if (scale) check_packed("scale", *scale, ScalarType::Float, w_in, {scale->size(0)}, 4);
   if (seed) {
-    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op,
-                    ": expected seed of dtype int64");
+    STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1 &&
+                        (!seed->is_cuda() || seed->get_device_index() == w_in.get_device_index()),
+                    op, ": expected seed to be one number of dtype int64, on the CPU or on the device of w_in");
     const int64_t* at = static_cast<const int64_t*>(seed->const_data_ptr());
     if (seed->is_cuda()) {
       c.seed = at;
@@ -148,37 +155,46 @@ void inr_forward(std::vector<Tensor> networks, std::optional<Tensor> scale, std:
                                   current_stream(weights)));
 }
 
-// wave: inputs, gradients, results, first, dskip and dscale for tiles [first, first + the size of dscale).
+// gradients: of the hidden layers and the last one, of the first one, and of the scales; they are added to.
 void inr_backward(std::vector<Tensor> networks, std::vector<Tensor> transposed, std::optional<Tensor> scale,
                   std::optional<Tensor> seed, std::vector<int64_t> jobs, std::vector<int64_t> numbers, double norm,
-                  double limit, Tensor dy, int64_t first, std::vector<Tensor> wave) {
+                  double limit, Tensor dy, int64_t bytes, std::vector<Tensor> gradients) {
   const char* op = "inr_weights_backward";
-  STD_TORCH_CHECK(!networks.empty() && networks[0].is_cuda() && transposed.size() == 2 && wave.size() == 6, op,
-                  ": expected packed networks on a CUDA device, 2 transposed matrices and 6 buffers");
+  STD_TORCH_CHECK(!networks.empty() && networks[0].is_cuda() && transposed.size() == 2 && gradients.size() == 3, op,
+                  ": expected packed networks on a CUDA device, 2 transposed matrices and 3 gradients");
   const Tensor& like = networks[0];
   torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const Call call = make_call(networks, scale, {}, seed, jobs, numbers, norm, limit, true);
   const SkInr& c = call.c;
-  const int64_t tiles = wave[5].numel(), rows = tiles * sk_inr_tile(c.hidden, 1), h = c.hidden, o = c.outputs;
-  STD_TORCH_CHECK(first >= 0 && first + tiles <= c.tiles && o <= h, op, ": expected a wave of the ", c.tiles, " tiles");
-  const ScalarType e = storage(numbers[0]);
-  check_packed("dy", dy, ScalarType::Float, like, {call.total});
+  SkInrPlan plan;
+  sk_inr_plan(&c, call.jobs.data(), int(numbers[0]), bytes, &plan);
+  const int64_t h = c.hidden, o = c.outputs, rows = plan.wave_tiles * plan.tile_rows;
+  const ScalarType e = storage(numbers[0]), f = ScalarType::Float;
+  check_packed("dy", dy, f, like, {call.total}, 4);
   check_packed("transposed[0]", transposed[0], e, like, {c.mlps, c.depth, h, h});
   check_packed("transposed[1]", transposed[1], e, like, {c.mlps, h, o});
-  check_packed("wave[0]", wave[0], e, like, {c.depth + 1, rows, h});
-  check_packed("wave[1]", wave[1], e, like, {c.depth, rows, h});
-  check_packed("wave[2]", wave[2], e, like, {rows, o});
-  check_packed("wave[3]", wave[3], ScalarType::Float, like, {rows, h});
-  check_packed("wave[4]", wave[4], ScalarType::Float, like, {tiles, c.depth});
-  check_packed("wave[5]", wave[5], ScalarType::Float, like, {tiles});
+  check_packed("gradients[0]", gradients[0], f, like, {c.mlps, plan.numbers});
+  check_packed("gradients[1]", gradients[1], f, like, {c.mlps, plan.first_numbers / h, h});
+  check_packed("gradients[2]", gradients[2], f, like, {scale ? scale->size(0) : 0}, 4);
+  std::vector<Tensor> alive;
+  const auto room = [&](ScalarType dtype, int64_t count) {
+    alive.push_back(torch::stable::new_empty(like, {count}, dtype));
+    return alive.back().mutable_data_ptr();
+  };
+  const auto floats = [&](int64_t count) { return static_cast<float*>(room(f, count)); };
   SkInrBackward w{};
   w.dy = static_cast<const float*>(dy.const_data_ptr());
   w.w_hidden = transposed[0].const_data_ptr(), w.w_out = transposed[1].const_data_ptr();
-  w.inputs = wave[0].mutable_data_ptr(), w.gradients = wave[1].mutable_data_ptr();
-  w.results = wave[2].mutable_data_ptr(), w.first = static_cast<float*>(wave[3].mutable_data_ptr());
-  w.dskip = static_cast<float*>(wave[4].mutable_data_ptr()), w.dscale = static_cast<float*>(wave[5].mutable_data_ptr());
-  w.first_tile = first, w.tiles = tiles;
-  check_launch(op, sk_inr_backward(&c, &w, int(numbers[0]), current_stream(like)));
+  w.runs = static_cast<SkInrRun*>(room(ScalarType::Long, 2 * plan.runs * int64_t(sizeof(SkInrRun) / 8)));
+  w.inputs = room(e, (c.depth + 1) * rows * h), w.gradients = room(e, c.depth * rows * h);
+  w.results = room(e, rows * o), w.first = floats(rows * h);
+  w.dskip = floats(plan.wave_tiles * c.depth), w.dscale = floats(plan.wave_tiles);
+  w.dtables = floats(c.table_rows * h), w.partial = floats(plan.partial);
+  w.total = static_cast<float*>(gradients[0].mutable_data_ptr());
+  w.first_total = static_cast<float*>(gradients[1].mutable_data_ptr());
+  w.scale_total = scale ? static_cast<float*>(gradients[2].mutable_data_ptr()) : nullptr;
+  w.tensors = scale ? scale->size(0) : 0;
+  check_launch(op, sk_inr_backward(&c, call.jobs.data(), &w, int(numbers[0]), bytes, current_stream(like)));
 }
 
 }  // namespace
@@ -191,7 +207,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slimkernels_cuda, m) {
       " float limit, Tensor(a!) weights) -> ()");
   m.def(
       "inr_backward(Tensor[] networks, Tensor[] transposed, Tensor? scale, Tensor? seed, int[] jobs, int[] numbers,"
-      " float norm, float limit, Tensor dy, int first, Tensor(a!)[] wave) -> ()");
+      " float norm, float limit, Tensor dy, int bytes, Tensor(a!)[] gradients) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimkernels_cuda, CUDA, m) {

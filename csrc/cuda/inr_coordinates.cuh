@@ -50,10 +50,10 @@ __device__ __forceinline__ float inr_encode(float v, int t) {
   return t % 2 ? sinpif(angle) : cospif(angle);
 }
 
-__device__ __forceinline__ int64_t inr_columns(const SkInrJob& job) {
+__host__ __device__ __forceinline__ int64_t inr_columns(const SkInrJob& job) {
   return (job.c_in + job.tile_in - 1) / job.tile_in;
 }
-__device__ __forceinline__ int64_t inr_rows(const SkInrJob& job) {
+__host__ __device__ __forceinline__ int64_t inr_rows(const SkInrJob& job) {
   return (job.c_out + job.tile_out - 1) / job.tile_out;
 }
 

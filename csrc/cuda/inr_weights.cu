@@ -10,6 +10,11 @@ namespace {
 constexpr int kTableThreads = 128;
 constexpr int kUploadWords = 480;
 
+template <int kOperand>
+struct Kind {
+  static constexpr int value = kOperand;
+};
+
 struct Words {
   int64_t word[kUploadWords];
 };
@@ -79,9 +84,22 @@ extern "C" int sk_upload(void* to, const void* from, int64_t bytes, void* stream
   return int(cudaGetLastError());
 }
 
-extern "C" int64_t sk_inr_tile(int64_t hidden, int backward) {
-  const bool small = hidden == 64 || hidden == 128 || hidden == 256;
-  return small ? (backward ? 32 : 64) : hidden == 512 && !backward ? 32 : 0;
+extern "C" int64_t sk_inr_tile(int64_t hidden) {
+  return hidden == 64 || hidden == 128 || hidden == 256 ? 64 : hidden == 512 ? 32 : 0;
+}
+
+extern "C" int64_t sk_inr_shared(int64_t hidden, int64_t outputs, int64_t bands, int operand) {
+  using namespace slimkernels;
+  const auto of = [&](auto known) {
+    using Kind = decltype(known);
+    const int64_t encoded = 1 + 2 * bands;
+    if (hidden == 64) return InrShape<Kind::value, 64>::shared_bytes(outputs, encoded);
+    if (hidden == 128) return InrShape<Kind::value, 128>::shared_bytes(outputs, encoded);
+    if (hidden == 256) return InrShape<Kind::value, 256>::shared_bytes(outputs, encoded);
+    return InrShape<Kind::value, 512>::shared_bytes(outputs, encoded);
+  };
+  if (operand == kSkOperandBfloat16 || operand == kSkOperandHalf) return of(Kind<kSkOperandBfloat16>{});
+  return of(Kind<kSkOperandFloat>{});
 }
 
 extern "C" int sk_inr_forward(const SkInr* call, void* weights, int operand, int dtype, void* stream) {
@@ -92,14 +110,4 @@ extern "C" int sk_inr_forward(const SkInr* call, void* weights, int operand, int
   if (operand == kSkOperandTf32) return inr_forward_tf32(*call, weights, dtype, stream);
   if (operand == kSkOperandBfloat16) return inr_forward_bfloat16(*call, weights, dtype, stream);
   return inr_forward_half(*call, weights, dtype, stream);
-}
-
-extern "C" int sk_inr_backward(const SkInr* call, const SkInrBackward* wave, int operand, void* stream) {
-  using namespace slimkernels;
-  if (!wave->tiles) return int(cudaSuccess);
-  if (const int code = inr_tables(*call, stream)) return code;
-  if (operand == kSkOperandFloat) return inr_backward_float(*call, *wave, stream);
-  if (operand == kSkOperandTf32) return inr_backward_tf32(*call, *wave, stream);
-  if (operand == kSkOperandBfloat16) return inr_backward_bfloat16(*call, *wave, stream);
-  return inr_backward_half(*call, *wave, stream);
 }

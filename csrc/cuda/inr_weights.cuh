@@ -13,7 +13,6 @@
 namespace slimkernels {
 
 constexpr int kInrThreads = 256;
-constexpr int kInrStages = 2;
 
 // Storage of the operands: E numbers, kStep of them (64 bytes) a stage along k, rows kPad longer than their numbers so
 // that the accesses of a warp fall into different banks.
@@ -40,23 +39,30 @@ struct Operand<kSkOperandHalf> {
   static __device__ __forceinline__ E from(float x) { return from_float<E>(x); }
 };
 
-template <int kOperand, int kHidden, int kTileRows = kHidden <= 256 ? 64 : 32>
+// A product's columns are computed in kPasses parts, one after another: all their sums beside the activations would take
+// more registers than there are.
+template <int kOperand, int kHidden>
 struct InrShape {
   using E = typename Operand<kOperand>::E;
-  static constexpr int kRows = kTileRows;  // coordinates a tile
+  static constexpr int kHiddenUnits = kHidden;
+  static constexpr int kRows = kHidden <= 256 ? 64 : 32;  // coordinates a tile
   static constexpr int kWarpsM = kRows / 32, kWarpsN = 8 / kWarpsM;
   static constexpr int kStep = 64 / sizeof(E), kPad = 16 / sizeof(E);
   static constexpr int kPitch = kHidden + kPad, kStagePitch = kStep + kPad;
   static constexpr int kTiles = kHidden / kWarpsN / 8;  // 8-column tiles a warp
+  static constexpr int kPasses = kHidden <= 128 ? 1 : 2, kPassTiles = kTiles / kPasses, kPassColumns = kHidden / kPasses;
   static constexpr int kChunk = 64;                     // output columns computed together
   static constexpr int kChunkTiles = kChunk / kWarpsN / 8;
-  static constexpr int kStageBytes = kHidden * kStagePitch * int(sizeof(E));
+  static constexpr int kStageRows = kPassColumns > kChunk ? kPassColumns : kChunk;
+  static constexpr int kStages = kStageRows <= 128 ? 3 : 2;
+  static constexpr int kStageBytes = kStageRows * kStagePitch * int(sizeof(E));
   static constexpr int kLeftBytes = kRows * kPitch * int(sizeof(E));
 
-  // Bytes of shared memory: left operand, stages (which hold encodings, too), results.
-  static int64_t shared_bytes(int64_t outputs, int64_t encoded) {
-    const int64_t stages = kInrStages * kStageBytes, encodings = kRows * encoded * 4;
-    return kInrTileBytes + kLeftBytes + (stages > encodings ? stages : encodings) + kRows * outputs * 4;
+  // Bytes of shared memory: left operand, stages (whose room holds encodings, too, or what takes `other` bytes), results.
+  static int64_t shared_bytes(int64_t outputs, int64_t encoded, int64_t other = 0) {
+    const int64_t stages = kStages * kStageBytes, encodings = kRows * encoded * 4;
+    const int64_t room = stages > encodings ? stages : encodings;
+    return kInrTileBytes + kLeftBytes + (room > other ? room : other) + kRows * outputs * 4;
   }
 };
 
@@ -71,7 +77,54 @@ struct Place {
   __device__ __forceinline__ int column(int tiles, int n, int e) const {
     return (warp_n * tiles + n) * 8 + pair + (e & 1);
   }
+  // Of a hidden unit, where n counts through all passes.
+  template <typename Shape>
+  __device__ __forceinline__ int unit(int n, int e) const {
+    return n / Shape::kPassTiles * Shape::kPassColumns + column(Shape::kPassTiles, n % Shape::kPassTiles, e);
+  }
 };
+
+// use(m, n, e) for every pair of neighbours (e and e + 1) that a thread has; the places are constants then.
+template <int kTiles, typename Use>
+__device__ __forceinline__ void for_pairs(const Use& use) {
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      use(m, n, 0);
+      use(m, n, 2);
+    }
+  }
+}
+
+// Where a thread's numbers are in an array (rows, kPitch) of numbers or pairs: pair (m, n, e) lies a constant behind the
+// thread's first.
+template <typename Shape, int kPitch>
+__device__ __forceinline__ int first_pair(const Place& at) {
+  return at.row(0, 0) * kPitch + at.unit<Shape>(0, 0);
+}
+template <typename Shape, int kPitch>
+__device__ __forceinline__ constexpr int behind_first(int m, int n, int e) {
+  return (m * 16 + (e >> 1) * 8) * kPitch + n / Shape::kPassTiles * Shape::kPassColumns + n % Shape::kPassTiles * 8;
+}
+
+// Neighbours as the operands' storage has them.
+template <int kOperand>
+__device__ __forceinline__ void put_pair(typename Operand<kOperand>::E* to, float x, float y) {
+  using E = typename Operand<kOperand>::E;
+  struct alignas(2 * sizeof(E)) Pair {
+    E x, y;
+  };
+  *reinterpret_cast<Pair*>(to) = Pair{Operand<kOperand>::from(x), Operand<kOperand>::from(y)};
+}
+template <typename E>
+__device__ __forceinline__ float2 get_pair(const E* from) {
+  struct alignas(2 * sizeof(E)) Pair {
+    E x, y;
+  };
+  const Pair pair = *reinterpret_cast<const Pair*>(from);
+  return make_float2(to_float(pair.x), to_float(pair.y));
+}
 
 // Rows [0, rows) and numbers [k0, k0 + kStep) of a matrix with rows of `pitch` numbers, to a stage.
 template <typename Shape>
@@ -82,7 +135,6 @@ __device__ __forceinline__ void stage_matrix(typename Shape::E* stage, const typ
     const int row = i / 4, column = i % 4 * kVector;
     cp_async_16(stage + row * Shape::kStagePitch + column, matrix + int64_t(row) * pitch + k0 + column, true);
   }
-  cp_commit();
 }
 
 // sum[m][n][e] += left (rows, k) * stage (columns, k)^T for the kStep numbers of one stage.
@@ -134,18 +186,21 @@ __device__ __forceinline__ void multiply_stage(float (&sum)[2][kTiles][4], const
       }
     }
   } else {
-#pragma unroll 2
-    for (int k = 0; k < Shape::kStep; ++k) {
-      float a[2][2];
+#pragma unroll 1
+    for (int k = 0; k < Shape::kStep; k += 4) {
+      float a[4][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i / 2][i % 2] = rows[(i / 2 * 16 + at.group + i % 2 * 8) * Shape::kPitch + k];
+      for (int i = 0; i < 4; ++i) {
+        load<float, 4>(rows + (i / 2 * 16 + at.group + i % 2 * 8) * Shape::kPitch + k, a[i]);
+      }
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kTiles * 2; ++n) {
+        float b[4];
+        load<float, 4>(columns + (n / 2 * 8 + at.pair + n % 2) * Shape::kStagePitch + k, b);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float b = columns[(n * 8 + at.pair + c) * Shape::kStagePitch + k];
+        for (int i = 0; i < 4; ++i) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[i / 2][n][i % 2 * 2 + c] += a[i / 2][i % 2] * b;
+          for (int j = 0; j < 4; ++j) sum[i / 2][n / 2][i % 2 * 2 + n % 2] += a[i][j] * b[j];
         }
       }
     }
@@ -168,33 +223,49 @@ __device__ __forceinline__ void multiply(float (&sum)[2][kTiles][4], const typen
     }
   }
   const int steps = k_size / Shape::kStep;
-  stage_matrix<Shape>(stages, matrix, kRows, k_size, 0);
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) {
-      stage_matrix<Shape>(stages + (step + 1) % 2 * kStride, matrix, kRows, k_size, (step + 1) * Shape::kStep);
-      cp_wait<1>();
-    } else {
-      cp_wait<0>();
+  const auto stage = [&](int step) {
+    if (step < steps) {
+      stage_matrix<Shape>(stages + step % Shape::kStages * kStride, matrix, kRows, k_size, step * Shape::kStep);
     }
+    cp_commit();
+  };
+  for (int step = 0; step < Shape::kStages - 1; ++step) stage(step);
+  for (int step = 0; step < steps; ++step) {
+    cp_wait<Shape::kStages - 2>();
     __syncthreads();
-    multiply_stage<kOperand, Shape, kTiles>(sum, left, step * Shape::kStep, stages + step % 2 * kStride, at);
-    __syncthreads();
+    stage(step + Shape::kStages - 1);
+    multiply_stage<kOperand, Shape, kTiles>(sum, left, step * Shape::kStep, stages + step % Shape::kStages * kStride,
+                                            at);
+  }
+  __syncthreads();
+}
+
+// What a pass multiplies of matrix `which` of (matrices, hidden, hidden).
+template <typename Shape>
+__device__ __forceinline__ const typename Shape::E* w_hidden(const void* matrices, int64_t which, int pass) {
+  constexpr int64_t kHidden = Shape::kHiddenUnits;
+  return static_cast<const typename Shape::E*>(matrices) + (which * kHidden + pass * Shape::kPassColumns) * kHidden;
+}
+
+// use(first tile, numbers) for every pass of the product of the left operand with matrix(pass).
+template <int kOperand, typename Shape, typename Matrix, typename Use>
+__device__ __forceinline__ void multiply_in_passes(const typename Shape::E* left, typename Shape::E* stages, int k_size,
+                                                   const Matrix& matrix, const Use& use) {
+#pragma unroll
+  for (int pass = 0; pass < Shape::kPasses; ++pass) {
+    float z[2][Shape::kPassTiles][4];
+    multiply<kOperand, Shape, Shape::kPassTiles>(z, left, stages, matrix(pass), k_size);
+    use(pass * Shape::kPassTiles, z);
   }
 }
 
-template <int kOperand, typename Shape>
-__device__ __forceinline__ void put_left(typename Shape::E* left, const float (&h)[2][Shape::kTiles][4]) {
-  const Place at(Shape::kWarpsN);
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int n = 0; n < Shape::kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        left[at.row(m, e) * Shape::kPitch + at.column(Shape::kTiles, n, e)] = Operand<kOperand>::from(h[m][n][e]);
-      }
-    }
-  }
+// A thread's numbers of the tile, rounded, to an array with rows of kPitch operands.
+template <int kOperand, typename Shape, int kPitch>
+__device__ __forceinline__ void put_tile(typename Shape::E* to, const float (&h)[2][Shape::kTiles][4]) {
+  to += first_pair<Shape, kPitch>(Place(Shape::kWarpsN));
+  for_pairs<Shape::kTiles>([&](int m, int n, int e) {
+    put_pair<kOperand>(to + behind_first<Shape, kPitch>(m, n, e), h[m][n][e], h[m][n][e + 1]);
+  });
 }
 
 // Pre-activation of the first layer for the tile. `encodings` is room in shared memory for noise "element"; it is free
@@ -217,7 +288,7 @@ __device__ __forceinline__ void first_layer(float (&z)[2][Shape::kTiles][4], con
       const float* of_column = table + (rows + column) * hidden;
 #pragma unroll
       for (int n = 0; n < Shape::kTiles; ++n) {
-        const int h = at.column(Shape::kTiles, n, 0);
+        const int h = at.unit<Shape>(n, 0);
         const float2 x = *reinterpret_cast<const float2*>(of_row + h);
         const float2 y = *reinterpret_cast<const float2*>(of_column + h);
         z[m][n][e] = x.x + y.x, z[m][n][e + 1] = x.y + y.y;
@@ -229,7 +300,7 @@ __device__ __forceinline__ void first_layer(float (&z)[2][Shape::kTiles][4], con
 #pragma unroll
   for (int n = 0; n < Shape::kTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) z[0][n][e] = z[1][n][e] = bias[at.column(Shape::kTiles, n, e)];
+    for (int e = 0; e < 4; ++e) z[0][n][e] = z[1][n][e] = bias[at.unit<Shape>(n, e)];
   }
   for (int axis = 0; axis < kInrAxes; ++axis) {
     __syncthreads();
@@ -249,7 +320,7 @@ __device__ __forceinline__ void first_layer(float (&z)[2][Shape::kTiles][4], con
 #pragma unroll
       for (int n = 0; n < Shape::kTiles; ++n) {
         const float2 w =
-            *reinterpret_cast<const float2*>(weights + int64_t(t) * hidden + at.column(Shape::kTiles, n, 0));
+            *reinterpret_cast<const float2*>(weights + int64_t(t) * hidden + at.unit<Shape>(n, 0));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           z[i / 2][n][i % 2 * 2] += x[i] * w.x, z[i / 2][n][i % 2 * 2 + 1] += x[i] * w.y;

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kInrThreads, 1)
   E* left = reinterpret_cast<E*>(memory);
   E* stages = reinterpret_cast<E*>(memory + Shape::kLeftBytes);
   const int outputs = int(call.outputs), depth = int(call.depth), encoded = 1 + 2 * int(call.bands);
-  const int64_t stage_bytes = kInrStages * Shape::kStageBytes, encoding_bytes = Shape::kRows * encoded * 4;
+  const int64_t stage_bytes = Shape::kStages * Shape::kStageBytes, encoding_bytes = Shape::kRows * encoded * 4;
   float* results = reinterpret_cast<float*>(memory + Shape::kLeftBytes +
                                             (stage_bytes > encoding_bytes ? stage_bytes : encoding_bytes));
   const Place at(Shape::kWarpsN);
@@ -30,33 +30,28 @@ __global__ void __launch_bounds__(kInrThreads, 1)
   for (int i = threadIdx.x; i < Shape::kRows * outputs; i += kInrThreads) results[i] = 0.0f;
   const float share = 1.0f / float(job.c_in * call.samples);
   for (int sample = 0; sample < call.samples; ++sample) {
-    float h[2][Shape::kTiles][4], z[2][Shape::kTiles][4];
+    float h[2][Shape::kTiles][4];
     first_layer<Shape>(h, call, tile, sample, reinterpret_cast<float*>(stages));
     activate_tile(h, int(call.activation));
     for (int layer = 0; layer < depth; ++layer) {
       const int64_t which = job.mlp * depth + layer;
-      put_left<kOperand, Shape>(left, h);
-      multiply<kOperand, Shape, Shape::kTiles>(
-          z, left, stages, static_cast<const E*>(call.w_hidden) + which * kHidden * kHidden, kHidden);
-      const float* bias = call.b_hidden + which * kHidden;
+      put_tile<kOperand, Shape, Shape::kPitch>(left, h);
+      const float* bias = call.b_hidden + which * kHidden + at.unit<Shape>(0, 0);
       const float skip = call.skip[which];
-#pragma unroll
-      for (int n = 0; n < Shape::kTiles; ++n) {
-        const float2 b = *reinterpret_cast<const float2*>(bias + at.column(Shape::kTiles, n, 0));
-#pragma unroll
-        for (int m = 0; m < 2; ++m) z[m][n][0] += b.x, z[m][n][1] += b.y, z[m][n][2] += b.x, z[m][n][3] += b.y;
-      }
-      activate_tile(z, int(call.activation));
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-#pragma unroll
-        for (int n = 0; n < Shape::kTiles; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) h[m][n][e] += skip * z[m][n][e];
-        }
-      }
+      multiply_in_passes<kOperand, Shape>(
+          left, stages, kHidden, [&](int pass) { return w_hidden<Shape>(call.w_hidden, which, pass); },
+          [&](int tiles, float(&z)[2][Shape::kPassTiles][4]) {
+            for_pairs<Shape::kPassTiles>([&](int m, int n, int e) {
+              const float2 b = get_pair(bias + behind_first<Shape, kHidden>(0, tiles + n, 0));
+              z[m][n][e] += b.x, z[m][n][e + 1] += b.y;
+            });
+            activate_tile(z, int(call.activation));
+            for_pairs<Shape::kPassTiles>([&](int m, int n, int e) {
+              h[m][tiles + n][e] += skip * z[m][n][e], h[m][tiles + n][e + 1] += skip * z[m][n][e + 1];
+            });
+          });
     }
-    put_left<kOperand, Shape>(left, h);
+    put_tile<kOperand, Shape, Shape::kPitch>(left, h);
     for (int chunk = 0; chunk < outputs; chunk += Shape::kChunk) {
       float y[2][Shape::kChunkTiles][4];
       const E* matrix = static_cast<const E*>(call.w_out) + (job.mlp * outputs + chunk) * kHidden;

@@ -1,4 +1,5 @@
 #include "inr_weights_backward.cuh"
+#include "inr_weights_gradient.cuh"
 #include "inr_weights_operands.h"
 
 namespace slimkernels {

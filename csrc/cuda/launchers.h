@@ -34,7 +34,8 @@ struct SkInrJob {
   int64_t base_out, base_in, base_kernel;  // strides
 };
 
-// One call: the networks, padded to `hidden` (64, 128, 256 or 512) and `outputs` (a multiple of 64) with zeros.
+// One call: the networks, padded to `hidden` (64, 128, 256 or 512) and `outputs` (a multiple of 64, `hidden` at most)
+// with zeros.
 struct SkInr {
   const float* w_in;      // (P, 6, 1 + 2 bands, hidden)
   const float* b_in;      // (P, hidden)
@@ -53,28 +54,57 @@ struct SkInr {
   float norm, limit;
 };
 
-// A wave of tiles of backward, where every sample has tiles of its own. Buffers of E, the operand's storage, and float.
+// Backward cuts the tiles of a network, which lie one after another, and the rows of its tables into segments; a
+// gradient is the sum of its segments' in their order. `first` and `count` are tiles or rows.
+struct SkInrRun {
+  int64_t mlp, segment, first, count;  // `segment` numbers its first one
+};
+
+// Sizes of what backward works in, and how many it has of each. Numbers are float where nothing else is said.
+struct SkInrPlan {
+  int64_t tile_rows, runs;        // coordinates a tile; networks that have tiles
+  int64_t segments, wave_tiles;   // of tiles; the most tiles that are held at a time, in a wave
+  int64_t table_segments;         // of rows; 0 with noise "element"
+  int64_t numbers, first_numbers; // of a network's gradients, see SkInrBackward
+  int64_t partial;                // numbers
+};
+
+// Where backward works, and its results, which are added to. Buffers of E, the operand's storage, and float.
 struct SkInrBackward {
   const float* dy;        // like the weights
   const void* w_hidden;   // (P, D, hidden, hidden): the transposes
   const void* w_out;      // (P, hidden, outputs): likewise
-  void* inputs;           // (D + 1, tiles * rows, hidden): what each layer multiplied
-  void* gradients;        // (D, tiles * rows, hidden): at the hidden layers' pre-activations
-  void* results;          // (tiles * rows, outputs): at the networks' outputs
-  float* first;           // (tiles * rows, hidden): at the first layer's pre-activation
-  float *dskip, *dscale;  // (tiles, D) and (tiles)
-  int64_t first_tile, tiles;
+  SkInrRun* runs;         // (2, runs): of tiles and of rows
+  void* inputs;           // (D + 1, wave's tiles * rows, hidden): what each layer multiplied
+  void* gradients;        // (D, ..., hidden): at the hidden layers' pre-activations
+  void* results;          // (..., outputs): at the networks' outputs
+  float* first;           // (..., hidden): at the first layer's pre-activation
+  float *dskip, *dscale;  // (wave's tiles, D) and (wave's tiles)
+  float* dtables;         // like the tables
+  float* partial;         // the segments' gradients
+  float* total;           // (P, numbers): w_hidden, w_out, b_hidden, b_out and skip, one after another
+  float* first_total;     // (P, 6 (1 + 2 bands) + 1, hidden): w_in, b_in
+  float* scale_total;     // (T,) or null
+  int64_t tensors;        // T
+  int64_t tile_rows, run_count, numbers, first_numbers;  // of the plan
+  int64_t first_segment, segments, first_tile, tiles;    // of the wave
 };
 
 extern "C" {
 // Writes `bytes` bytes to the device without a copy that a CUDA graph could not hold. A multiple of 8.
 int sk_upload(void* to, const void* from, int64_t bytes, void* stream);
-// Coordinates of a tile. 0 when this hidden size is not taken; backward takes up to 256.
-int64_t sk_inr_tile(int64_t hidden, int backward);
+// Coordinates of a tile. 0 when this hidden size is not taken.
+int64_t sk_inr_tile(int64_t hidden);
+// Bytes of shared memory that a block of forward takes. Backward's take less, or 80 KiB at most, which all GPUs have that
+// these sources are compiled for.
+int64_t sk_inr_shared(int64_t hidden, int64_t outputs, int64_t bands, int operand);
 // The weights of all jobs, in their layouts, into `weights` of dtype `dtype`; the bases have that dtype.
 int sk_inr_forward(const SkInr* call, void* weights, int operand, int dtype, void* stream);
-// Fills the buffers of a wave.
-int sk_inr_backward(const SkInr* call, const SkInrBackward* wave, int operand, void* stream);
+// How backward works in about `bytes` bytes. `jobs` are those of the call, on the host.
+void sk_inr_plan(const SkInr* call, const SkInrJob* jobs, int operand, int64_t bytes, SkInrPlan* plan);
+// Adds the gradients to total, first_total and scale_total. The last two lines of `work` need not be filled.
+int sk_inr_backward(const SkInr* call, const SkInrJob* jobs, const SkInrBackward* work, int operand, int64_t bytes,
+                    void* stream);
 
 // y = act(conv(x, weight) + bias + residual). bias and residual may be null; residual has y's strides.
 int sk_depthwise_forward(const SkDepthwise* shape, const void* x, const void* weight, const void* bias,

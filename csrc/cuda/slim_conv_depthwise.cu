@@ -75,13 +75,14 @@ __device__ __forceinline__ void move_up(float (&sum)[kPixels][V]) {
   }
 }
 
-// `lanes` vectors of channels beside one another in a block; `cached`: their weights lie in shared memory, (tap,
+// `lanes` vectors of channels beside one another in a block, which all pixels take `blocks` blocks for; `cached`: their weights lie in shared memory, (tap,
 // channel).
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    depthwise_rows_kernel(const __grid_constant__ Gather g, int lanes, bool cached) {
+    depthwise_rows_kernel(const __grid_constant__ Gather g, int lanes, int blocks, bool cached) {
   SK_DYN_SMEM(float, weights);
-  const int width = lanes * V, first = blockIdx.y * width, taps = g.h.kernel * g.w.kernel;
+  const int across = int(blockIdx.x) / blocks, width = lanes * V, first = across * width;
+  const int taps = g.h.kernel * g.w.kernel;
   if (cached) {
     for (int i = threadIdx.x; i < taps * width; i += kThreads) {
       const int channel = first + i % width;
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
   const int lane = threadIdx.x % lanes, channel = first + lane * V;
   const int strips = (g.w.out + kPixels - 1) / kPixels;
-  const int64_t strip = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
+  const int64_t strip = int64_t(int(blockIdx.x) - across * blocks) * (kThreads / lanes) + threadIdx.x / lanes;
   const int64_t row = strip / strips;
   const int64_t b = row / g.h.out;
   if (channel >= g.channels || b >= g.batch) return;
@@ -267,9 +268,11 @@ int launch_rows(const Gather& g, bool innermost_channels, void* stream) {
   const bool cached = g.sources == 1 && bytes <= kShared;
   if (!cached) bytes = 0;
   const int64_t strips = int64_t(g.batch) * g.h.out * ceil_div(g.w.out, kPixels);
-  const dim3 grid(unsigned(ceil_div(strips, kThreads / lanes)), unsigned(ceil_div(g.channels, lanes * V)));
+  // In one dimension: the others of a grid end at 65535.
+  const int64_t blocks = ceil_div(strips, kThreads / lanes), grid = blocks * ceil_div(g.channels, lanes * V);
+  if (grid > INT32_MAX) return int(cudaErrorInvalidValue);
   const auto kernel = depthwise_rows_kernel<T, V>;
-  SK_LAUNCH(kernel, grid, dim3(kThreads), bytes, stream, g, lanes, cached);
+  SK_LAUNCH(kernel, dim3(unsigned(grid)), dim3(kThreads), bytes, stream, g, lanes, int(blocks), cached);
   return int(cudaGetLastError());
 }
 

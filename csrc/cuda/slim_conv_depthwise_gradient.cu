@@ -21,7 +21,7 @@ struct Gradient {
   const void *x, *dy;
   void* dw;
   float* partial;  // (chunks, channels, taps)
-  int batch, channels, share, lanes, chunks;
+  int batch, channels, share, lanes, chunks, tiles;
   int64_t chunk;  // pixels a chunk
   Axis h, w;
   int64_t x_stride[4], dy_stride[4], weight_stride[3];
@@ -31,12 +31,14 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 4) depthwise_gradient_kernel(const __grid_constant__ Gradient g) {
   SK_DYN_SMEM(float, shared);  // (groups, lanes * V)
   constexpr int kOwn = kTaps<V>;
+  // In one dimension, as the others of a grid end at 65535: chunks, tiles of channels, groups of taps.
+  const int chunk = int(blockIdx.x) % g.chunks, tile = int(blockIdx.x) / g.chunks % g.tiles;
   const int width = g.lanes * V, lane = threadIdx.x % g.lanes, group = threadIdx.x / g.lanes;
-  const int groups = kThreads / g.lanes, channel = blockIdx.y * width + lane * V;
-  const int taps = g.h.kernel * g.w.kernel, first_tap = blockIdx.z * kOwn;
+  const int groups = kThreads / g.lanes, channel = tile * width + lane * V;
+  const int taps = g.h.kernel * g.w.kernel, first_tap = int(blockIdx.x) / g.chunks / g.tiles * kOwn;
   const int own = taps - first_tap < kOwn ? taps - first_tap : kOwn;
   const int64_t plane = int64_t(g.h.out) * g.w.out, pixels = g.batch * plane;
-  const int64_t begin = blockIdx.x * g.chunk, end = begin + g.chunk < pixels ? begin + g.chunk : pixels;
+  const int64_t begin = chunk * g.chunk, end = begin + g.chunk < pixels ? begin + g.chunk : pixels;
   const T* dy = static_cast<const T*>(g.dy) + channel * g.dy_stride[1];
   const T* x = static_cast<const T*>(g.x) + channel / g.share * g.x_stride[1];
   float sum[kOwn][V] = {};
@@ -70,8 +72,8 @@ __global__ void __launch_bounds__(kThreads, 4) depthwise_gradient_kernel(const _
     for (int k = threadIdx.x; k < width; k += kThreads) {
       float total = 0.0f;
       for (int q = 0; q < groups; ++q) total += shared[q * width + k];
-      const int64_t row = int64_t(blockIdx.x) * g.channels + blockIdx.y * width + k;
-      if (t < own && blockIdx.y * width + k < g.channels) g.partial[row * taps + first_tap + t] = total;
+      const int64_t row = int64_t(chunk) * g.channels + tile * width + k;
+      if (t < own && tile * width + k < g.channels) g.partial[row * taps + first_tap + t] = total;
     }
   }
 }
@@ -90,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, 4) depthwise_gradient_sum_kernel(con
 }
 
 struct Shape {
-  dim3 grid;
-  int lanes, chunks;
+  int64_t blocks;
+  int lanes, chunks, tiles;
   int64_t chunk;
 };
 
@@ -105,15 +107,16 @@ Shape shape(const SkDepthwise& s) {
   const int64_t most =
       std::max<int64_t>(1, std::min(kTargetBlocks / (tiles * tap_groups), ceil_div(pixels, groups * 8)));
   const int64_t chunk = ceil_div(pixels, most), chunks = ceil_div(pixels, chunk);
-  return {dim3(unsigned(chunks), unsigned(tiles), unsigned(tap_groups)), lanes, int(chunks), chunk};
+  return {chunks * tiles * tap_groups, lanes, int(chunks), int(tiles), chunk};
 }
 
 template <typename T, int V>
 int launch(const SkDepthwise& s, Gradient g, void* stream) {
   const Shape size = shape<V>(s);
-  g.lanes = size.lanes, g.chunks = size.chunks, g.chunk = size.chunk;
+  g.lanes = size.lanes, g.chunks = size.chunks, g.tiles = size.tiles, g.chunk = size.chunk;
+  if (size.blocks > INT32_MAX) return int(cudaErrorInvalidValue);
   const auto kernel = depthwise_gradient_kernel<T, V>;
-  SK_LAUNCH(kernel, size.grid, dim3(kThreads), kThreads * V * 4, stream, g);
+  SK_LAUNCH(kernel, dim3(unsigned(size.blocks)), dim3(kThreads), kThreads * V * 4, stream, g);
   const auto sum = depthwise_gradient_sum_kernel<T>;
   const int64_t weights = s.outputs * s.kernel[0] * s.kernel[1];
   SK_LAUNCH(sum, dim3(unsigned(ceil_div(weights, kThreads))), dim3(kThreads), 0, stream, g);

@@ -21,7 +21,7 @@ STORAGE = {FLOAT: torch.float32, TF32: torch.float32, BFLOAT16: torch.bfloat16, 
 HIDDEN = (64, 128, 256, 512)  # sizes the kernels are compiled for; others are padded
 CHUNK = 64  # outputs are padded to a multiple
 MOST_OUTPUTS = 128
-WAVE_BYTES = 256 * 2**20  # of activations and their gradients that backward holds at a time
+WORK_BYTES = 256 * 2**20  # of activations and their gradients, and of partial sums, that backward holds at a time
 MOST_COLUMNS = 6 + 12 * 24  # of w_in: the encodings of a tile lie in shared memory
 KERNEL_ACTIVATIONS = ("relu", "elu", "gelu", "silu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,13 +45,14 @@ class JobTable(NamedTuple):
     table_rows: int  # of the first layer's tables
 
 
-def padded_hidden(hidden: int) -> int:
-    return next(size for size in HIDDEN if size >= hidden)
+def padded_hidden(hidden: int, outputs: int) -> int:
+    """The size that a network is padded to; backward has the padded outputs in the room of the hidden layers."""
+    return next(size for size in HIDDEN if size >= max(hidden, -(-outputs // CHUNK) * CHUNK))
 
 
-def tile_rows(hidden: int, backward: bool = False) -> int:
+def tile_rows(hidden: int) -> int:
     """Coordinates that a block computes together."""
-    return 32 if backward or hidden > 256 else 64
+    return 32 if hidden > 256 else 64
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ def from_axes(w: Tensor, order: str) -> Tensor:
 
 def pack(parameters: Sequence[Tensor], operand: int, order: str) -> Packed:
     w_in, b_in, w_hidden, b_hidden, skip, w_out, b_out = parameters
-    hidden = padded_hidden(w_in.shape[1])
+    hidden = padded_hidden(w_in.shape[1], w_out.shape[1])
     more = hidden - w_in.shape[1]
     outputs = -(-w_out.shape[1] // CHUNK) * CHUNK
     return Packed(
@@ -154,11 +155,30 @@ def operand_of(dtype: torch.dtype) -> int:
     return BFLOAT16 if dtype == torch.bfloat16 else HALF
 
 
+def shared_bytes(hidden: int, outputs: int, bands: int, operand: int) -> int:
+    """Of shared memory that a block takes: ``sk_inr_shared`` of the padded sizes."""
+    size = STORAGE[operand].itemsize
+    rows, outputs = tile_rows(hidden), -(-outputs // CHUNK) * CHUNK
+    staged, stages = (max(hidden, CHUNK), 3) if hidden <= 128 else (hidden // 2, 3 if hidden == 256 else 2)
+    room = max(stages * staged * 80, rows * (1 + 2 * bands) * 4)
+    return 256 + rows * (hidden * size + 16) + room + rows * outputs * 4
+
+
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; on the tests' emulator those of the smallest data-centre GPU."""
+    if device.type != "cuda":
+        return 163 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024  # which CUDA keeps
+
+
 def takes(w_in: Tensor, skip: Tensor, outputs: int, active, spec, base, activation: str, dtype: torch.dtype) -> bool:
     """Whether the kernels compute this call; the sizes are those of their shared memory and registers."""
     if activation not in KERNEL_ACTIVATIONS or dtype not in DTYPES or w_in.dtype not in DTYPES:
         return False
     if w_in.shape[1] > HIDDEN[-1] or outputs > MOST_OUTPUTS or w_in.shape[2] > MOST_COLUMNS or not active:
+        return False
+    bands, numbers = (w_in.shape[2] - AXES) // (2 * AXES), (padded_hidden(w_in.shape[1], outputs), outputs)
+    if shared_bytes(*numbers, bands, operand_of(w_in.dtype)) > shared_limit(w_in.device):
         return False
     strided = not base or all(base_strides(job, base[job.tensor]) is not None for job in reference_jobs(active, spec))
     return strided and available()
@@ -190,40 +210,14 @@ def inr_weights(
     return weights, w_in.new_empty(0)
 
 
-class Wave(NamedTuple):
-    """What the backward kernel writes for some tiles; ``rows`` are their coordinates. Dtype E is the operands'."""
-
-    inputs: Tensor  # (D + 1, rows, hidden) E: what each layer multiplied
-    gradients: Tensor  # (D, rows, hidden) E: at the hidden layers' pre-activations
-    results: Tensor  # (rows, outputs) E: at the networks' outputs
-    first: Tensor  # (rows, hidden) float32: at the first layer's pre-activation
-    dskip: Tensor  # (tiles, D) float32
-    dscale: Tensor  # (tiles,) float32
-
-
-def make_wave(packed: Packed, tiles: int, rows: int) -> Wave:
-    depth, hidden, outputs = packed.skip.shape[1], packed.w_in.shape[-1], packed.b_out.shape[1]
-    e, n = packed.w_hidden, tiles * rows
-    return Wave(
-        e.new_empty(depth + 1, n, hidden),
-        e.new_empty(depth, n, hidden),
-        e.new_empty(n, outputs),
-        packed.b_in.new_empty(n, hidden),
-        packed.b_in.new_empty(tiles, depth),
-        packed.b_in.new_empty(tiles),
-    )
-
-
 def inr_weights_backward(
     dy, w_in, b_in, w_hidden, b_hidden, skip, w_out, b_out, scale, seed, saved, active, spec, activation, order, norm,
     noise, limit, samples, first_sample,
 ):  # fmt: skip
-    """As the reference of this name. The kernel computes the hidden layers again and runs the gradient back through them,
-    some tiles at a time, and PyTorch's matrix products make the weights' gradients of what it wrote."""
-    hidden, outputs = padded_hidden(min(w_in.shape[1], HIDDEN[-1])), -(-w_out.shape[1] // CHUNK) * CHUNK
-    fits = takes(w_in, skip, w_out.shape[1], active, spec, [], activation, dy.dtype) and outputs <= hidden <= 256
+    """As the reference of this name. Kernels compute the hidden layers again and run the gradient back through them, as
+    many coordinates at a time as fit ``WORK_BYTES``, and multiply and sum what they wrote, in a fixed order."""
     parameters = (w_in, b_in, w_hidden, b_hidden, skip, w_out, b_out)
-    if saved.numel() or not fits:
+    if saved.numel() or not takes(w_in, skip, w_out.shape[1], active, spec, [], activation, dy.dtype):
         return reference.inr_weights_backward(
             dy, *parameters, scale, seed, saved, active, spec, activation, order, norm, noise, limit, samples,
             first_sample,
@@ -232,79 +226,58 @@ def inr_weights_backward(
     samples = 1 if noise == "none" else samples
     packed = pack(parameters, operand, order)
     transposed = [t.transpose(-1, -2).contiguous() for t in (packed.w_hidden, packed.w_out)]
-    tile = tile_rows(hidden, True)
-    table = job_table(active, spec, [], samples, tile, noise, True)
-    rows = [n for row in table.rows for n in row]
+    tile = tile_rows(packed.w_in.shape[-1])
+    rows = [n for row in job_table(active, spec, [], samples, tile, noise, True).rows for n in row]
     numbers = [
         operand, ACTIVATIONS.index(activation), int(order == "neumeta"), NOISE.index(noise), samples, first_sample,
         w_out.shape[1],
     ]  # fmt: skip
     wide = None if scale is None else scale.float().contiguous()
-    dy = dy.float().contiguous()
-    total_gradients = Packed(*(torch.zeros_like(t, dtype=torch.float32) for t in packed))
-    dscale = packed.b_in.new_zeros(0 if scale is None else scale.shape[0])
-    number = 2 * packed.skip.shape[1] + 2
-    most = max(1, WAVE_BYTES // (tile * (number * hidden * packed.w_hidden.element_size() + 4 * hidden)))
-    noisy = reference._Noise(noise, 0 if seed is None else seed, limit)
-    jobs = sorted(reference_jobs(active, spec), key=lambda job: job.mlp)  # as in the table
-    for first in range(0, table.tiles, most):
-        tiles = min(most, table.tiles - first)
-        wave = make_wave(packed, tiles, tile)
-        operators().inr_backward(
-            list(packed), transposed, wide, seed, rows, numbers, norm, limit, dy, first, list(wave)
-        )
-        for row, job in zip(table.rows, jobs, strict=True):
-            for sample in range(samples):
-                begin = row[11] + sample * row[12]
-                low, high = max(begin, first), min(begin + row[12], first + tiles)
-                if low < high:
-                    add_gradients(
-                        job, first_sample + sample, (low - begin) * tile, low - first, high - first, tile, wave,
-                        total_gradients, dscale, noisy, norm,
-                    )  # fmt: skip
-    return unpack(total_gradients, dscale, parameters, order)
+    gradients = Gradients(
+        packed.b_in.new_zeros(packed.b_in.shape[0], gradient_numbers(packed)),
+        packed.b_in.new_zeros(packed.b_in.shape[0], AXES * packed.w_in.shape[2] + 1, packed.b_in.shape[1]),
+        packed.b_in.new_zeros(0 if scale is None else scale.shape[0]),
+    )
+    operators().inr_backward(
+        list(packed), transposed, wide, seed, rows, numbers, norm, limit, dy.float().contiguous(), WORK_BYTES,
+        list(gradients),
+    )  # fmt: skip
+    return unpack(gradients, packed, parameters, order)
 
 
-def add_gradients(
-    job: Job, sample: int, point: int, low: int, high: int, tile: int, wave: Wave, total: Packed, dscale: Tensor,
-    noisy: reference._Noise, norm: float,
-) -> None:  # fmt: skip
-    """Adds what the wave's tiles [low, high), coordinates of one job and sample from ``point`` on, give."""
-    part = slice(low * tile, high * tile)
-    inputs, gradients, results, first = (t[..., part, :] for t in wave[:4])
-    total.w_hidden[job.mlp] += torch.bmm(gradients.transpose(1, 2), inputs[:-1])
-    total.b_hidden[job.mlp] += gradients.sum(1, dtype=torch.float32)
-    total.skip[job.mlp] += wave.dskip[low:high].sum(0)
-    total.w_out[job.mlp] += results.t() @ inputs[-1]
-    total.b_out[job.mlp] += results.sum(0, dtype=torch.float32)
-    if dscale.numel():
-        dscale[job.tensor] += wave.dscale[low:high].sum()
-    whole = first.sum(0)
-    total.b_in[job.mlp] += whole
-    where = torch.arange(point, point + first.shape[0], device=first.device).clamp(max=job.rows * job.cols - 1)
-    index = {1: where // job.cols, 2: where % job.cols}
-    bands = (total.w_in.shape[2] - 1) // 2
-    for axis in range(AXES):
-        each = noisy.kind == "element" or axis in index
-        at = (
-            where
-            if noisy.kind == "element"
-            else index.get(axis, torch.zeros(1, dtype=torch.int64, device=first.device))
-        )
-        v = reference.axis_values(job, axis, at, noisy, sample, norm, first)
-        total.w_in[job.mlp, axis] += reference.encode_axis(v, bands).t() @ (first if each else whole[None])
+class Gradients(NamedTuple):
+    """What backward adds to, in float32."""
+
+    hidden: Tensor  # (P, numbers): of w_hidden, w_out, b_hidden, b_out and skip, one after another
+    first: Tensor  # (P, 6 (1 + 2 bands) + 1, hidden): of w_in and b_in
+    scale: Tensor  # (T,), or (0,) without scales
 
 
-def unpack(total: Packed, dscale: Tensor, parameters: Sequence[Tensor], order: str) -> tuple[Tensor, ...]:
+def gradient_numbers(packed: Packed) -> int:
+    """Of a network, a multiple of 4."""
+    depth, hidden, outputs = packed.skip.shape[1], packed.b_in.shape[1], packed.b_out.shape[1]
+    matrices = depth * hidden + outputs
+    return -(-(matrices * hidden + matrices + depth) // 4) * 4
+
+
+def unpack(gradients: Gradients, packed: Packed, parameters: Sequence[Tensor], order: str) -> tuple[Tensor, ...]:
     """The padded gradients in the parameters' shapes and dtype."""
     hidden, outputs, dtype = parameters[0].shape[1], parameters[5].shape[1], parameters[0].dtype
-    gradients = (
-        from_axes(total.w_in[..., :hidden], order),
-        total.b_in[:, :hidden],
-        total.w_hidden[..., :hidden, :hidden],
-        total.b_hidden[..., :hidden],
-        total.skip,
-        total.w_out[:, :outputs, :hidden],
-        total.b_out[:, :outputs],
+    like = (packed.w_hidden, packed.w_out, packed.b_hidden, packed.b_out, packed.skip)
+    parts = gradients.hidden.split([*(t[0].numel() for t in like), gradients.hidden.shape[1] - count_of(like)], 1)
+    w_hidden, w_out, b_hidden, b_out, skip = (p.reshape(t.shape) for p, t in zip(parts, like, strict=False))
+    results = (
+        from_axes(gradients.first[:, :-1].reshape(packed.w_in.shape)[..., :hidden], order),
+        gradients.first[:, -1, :hidden],
+        w_hidden[..., :hidden, :hidden],
+        b_hidden[..., :hidden],
+        skip,
+        w_out[:, :outputs, :hidden],
+        b_out[:, :outputs],
     )
-    return *(t.to(dtype).contiguous() for t in gradients), dscale.to(dtype)
+    return *(t.to(dtype).contiguous() for t in results), gradients.scale.to(dtype)
+
+
+def count_of(stacked: Sequence[Tensor]) -> int:
+    """Numbers of one network in all of ``stacked``."""
+    return sum(t[0].numel() for t in stacked)

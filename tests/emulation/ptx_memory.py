@@ -6,10 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.emulation.accesses import SECTOR
 from tests.emulation.ptx_parse import PTXError
 
 BASE = 0x7F0000000000  # where the first global buffer lies
 POISON = 0xFF  # bytes that are a NaN in every floating-point type
+
+
+def sectors_of(warps: np.ndarray, addresses: np.ndarray) -> int:
+    """Bytes that one instruction moves: a sector once a warp, however many of its lanes touch it."""
+    return SECTOR * np.unique(np.stack([warps, addresses // SECTOR]), axis=1).shape[1]
 
 
 class DeviceMemory:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tests.emulation import ptx_arith, ptx_matrix, ptx_warp
-from tests.emulation.ptx_memory import POISON, AsyncCopies, DeviceMemory, SharedMemory
+from tests.emulation.ptx_memory import POISON, AsyncCopies, DeviceMemory, SharedMemory, sectors_of
 from tests.emulation.ptx_parse import TYPES, Instruction, Kernel, PTXError, immediate, parse, vector
 
 ORDERS = ("together", "ahead", "behind")
@@ -51,6 +51,7 @@ class Machine:
         self.symbols |= kernel.shared | kernel.local
         self._place_structures()
         self.steps = 0
+        self.moved = 0  # bytes of global memory, in the sectors that a warp's instruction touches, without any cache
 
     def _place_structures(self) -> None:
         """Structures have an address in the space of the parameters, too: arrays in them are read by index."""
@@ -257,6 +258,8 @@ def _load_store(m: Machine, i: Instruction) -> None:
     addresses = m.address(where)
     if (addresses % (dtype.itemsize * len(names))).any():
         raise PTXError(f"misaligned {space} access of {dtype.itemsize * len(names)} bytes")
+    if space == "global":
+        m.moved += sectors_of(m.index // 32, addresses)
     for k, name in enumerate(names):
         at = addresses + k * dtype.itemsize
         if i.name == "st":
@@ -308,6 +311,7 @@ def _async_copy(m: Machine, i: Instruction) -> None:
         if not m.memory.allowed[bytes_at].all():
             raise PTXError("global cp.async out of bounds")
         values[some, :count] = m.memory.bytes[bytes_at]
+    m.moved += sectors_of(m.index[given > 0] // 32, source[given > 0])
     m.copies.issue(m.index // 32, index, values)
 
 

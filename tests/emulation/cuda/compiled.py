@@ -1,7 +1,9 @@
 """What nvcc and ptxas make of ``csrc/cuda``: registers, spills, shared memory, instructions."""
 
 import functools
+import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -50,15 +52,26 @@ def run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+def built(stem: str, target: str) -> tuple[Path, str]:
+    """The cubin of ``stem``.cu, and what ptxas said; kept for as long as the sources stay as they are."""
+    texts = [path.read_text() for path in [SOURCES / f"{stem}.cu", *sorted(SOURCES.glob("*.*h"))]]
+    key = hashlib.sha256(repr((FLAGS, run("nvcc", "--version"), texts)).encode()).hexdigest()[:16]
+    folder = BUILD / "cubin"
+    folder.mkdir(parents=True, exist_ok=True)
+    cubin, told = (folder / f"{stem}-{target}-{key}.{suffix}" for suffix in ("cubin", "txt"))
+    if not told.exists():
+        partial = cubin.with_suffix(f".{os.getpid()}")
+        flags = [*FLAGS.split(), "-cubin", f"-arch={target}", "-Xptxas", "-v"]
+        text = run("nvcc", *flags, f"{SOURCES}/{stem}.cu", "-o", str(partial))
+        partial.rename(cubin)
+        told.write_text(text)
+    return cubin, told.read_text()
+
+
 @functools.cache
 def compile_file(stem: str, target: str) -> dict[str, Compiled]:
     """Every kernel of ``stem``.cu by its readable name. A warning is an error."""
-    folder = BUILD / "cubin"
-    folder.mkdir(parents=True, exist_ok=True)
-    cubin = folder / f"{stem}-{target}.cubin"
-    told = run(
-        "nvcc", *FLAGS.split(), "-cubin", f"-arch={target}", "-Xptxas", "-v", f"{SOURCES}/{stem}.cu", "-o", str(cubin)
-    )
+    cubin, told = built(stem, target)
     sass = disassembled(cubin)
     kernels = {}
     for part in told.split("Compiling entry function '")[1:]:

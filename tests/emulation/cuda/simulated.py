@@ -34,17 +34,20 @@ CALLBACK = ctypes.CFUNCTYPE(
 class Launch:
     kernel: str
     blocks: int
+    threads: int  # a block
+    shared: int  # bytes of it that the launch asked for
     steps: int
+    moved: int  # bytes, see Machine
 
 
 @functools.cache
-def build(stem: str) -> tuple[Path, str]:
-    """The library of ``stem``.cu with the runtime, and the PTX that goes with it."""
-    parts = [HERE / "runtime.cpp", SOURCES / f"{stem}.cu"]
+def build(stems: tuple[str, ...]) -> tuple[Path, tuple[str, ...]]:
+    """The library of the ``.cu`` files with the runtime, and the PTX that goes with each."""
+    parts = [HERE / "runtime.cpp", *(SOURCES / f"{stem}.cu" for stem in stems)]
     headers = [path for path in sorted(SOURCES.iterdir()) if path.suffix in (".h", ".cuh")]
     content = [path.read_text() for path in [*parts, *headers]]
     key = hashlib.sha256(repr((FLAGS, TARGET, run("nvcc", "--version"), content)).encode()).hexdigest()[:16]
-    folder = BUILD / f"simulated-{stem}-{key}"
+    folder = BUILD / f"simulated-{stems[0]}-{key}"
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}-{os.getpid()}")
         partial.mkdir(parents=True)
@@ -55,7 +58,7 @@ def build(stem: str) -> tuple[Path, str]:
             shutil.rmtree(partial)
         else:
             partial.rename(folder)
-    return folder / "kernels.so", (folder / f"{stem}.ptx").read_text()
+    return folder / "kernels.so", tuple((folder / f"{stem}.ptx").read_text() for stem in stems)
 
 
 @functools.lru_cache(32)
@@ -64,21 +67,29 @@ def parsed(ptx: str, name: str) -> Kernel:
 
 
 class Simulated:
-    """The launchers of one source, as ``library.Kernels`` offers them; a call raises what the simulator found."""
+    """The launchers of some sources, as ``library.Kernels`` offers them; a call raises what the simulator found."""
 
-    def __init__(self, stem: str, order: str = "together", edit: Callable[[str], str] | None = None) -> None:
-        path, ptx = build(stem)
-        self.library = ctypes.CDLL(str(path), os.RTLD_LAZY)
-        self.ptx = ptx if edit is None else edit(ptx)
+    def __init__(
+        self, stems: str | tuple[str, ...], order: str = "together", edit: Callable[[str], str] | None = None
+    ) -> None:
+        path, texts = build((stems,) if isinstance(stems, str) else stems)
+        self.library = ctypes.CDLL(str(path), os.RTLD_LAZY)  # launchers of other sources may be missing
+        self.edit = edit or (lambda ptx: ptx)
+        self.texts = texts
         self.order = order
         self.tensors: list[Tensor] = []
         self.launches: list[Launch] = []
         self.error: Exception | None = None
 
-    def allow(self, *tensors: Tensor) -> "Simulated":
+    def allow(self, *tensors: Tensor | None) -> "Simulated":
         """Only what these hold may be touched."""
-        self.tensors = [t for t in tensors if t.numel()]
+        self.tensors = [t for t in tensors if t is not None and t.numel()]
         return self
+
+    def size(self, name: str, *arguments) -> int:
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_int64
+        return function(*arguments)
 
     def launch(self, name: str, *arguments) -> None:
         callback = CALLBACK(self._launched)
@@ -99,10 +110,12 @@ class Simulated:
             self.error = error
 
     def _run(self, name, grid, block, arguments, shared) -> None:
-        kernel, memory = parsed(self.ptx, name), HostMemory()
+        ptx = next(text for text in self.texts if f".entry {name}(" in text)
+        kernel, memory = parsed(self.edit(ptx), name), HostMemory()
         place(self.tensors, memory)
         values = [ctypes.string_at(arguments[k], size) for k, (_, _, size) in enumerate(kernel.parameters)]
         machine = Machine(kernel, values, memory, block, grid, shared, self.order)
         machine.run()
         memory.write_back()
-        self.launches.append(Launch(readable(name), grid[0] * grid[1] * grid[2], machine.steps))
+        blocks, threads = (x * y * z for x, y, z in (grid, block))
+        self.launches.append(Launch(readable(name), blocks, threads, shared, machine.steps, machine.moved))
