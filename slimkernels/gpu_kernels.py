@@ -31,7 +31,7 @@ class Row:
     target: str
     registers: str  # a thread
     spills: str  # bytes
-    shared: str  # bytes a block
+    shared: str  # bytes a block; where the launch decides them, of a small shape
     occupancy: str  # the most of a multiprocessor's warps that registers and shared memory let reside
     limiter: str  # what bounds it
     moved: str  # bytes that all kernels of this op and direction move, over the fewest possible

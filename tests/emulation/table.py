@@ -4,8 +4,8 @@
 ``linear``, ``conv``, ``cuda``) only the rows of that family and keeps the others, ``python -m tests.emulation.table cuda
 --op inr_weights`` only those of that op. Numbers belong to the release in the column ``compiler``.
 
-Bytes moved are counted by the interpreter, in sectors of 32 bytes of each load and store, without any cache; the fewest
-possible are those of every tensor that the op reads or returns, once.
+Bytes moved are counted by the interpreter, those of CUDA C++ by the PTX simulator, in sectors of 32 bytes of each load and
+store, without any cache; the fewest possible are those of every tensor that the op reads or returns, once.
 """
 
 import argparse
@@ -34,13 +34,12 @@ PROOFS = {
     "linear": {"T1": ["test_slim_linear_interpreted"], "T2": ["test_slim_linear_aot"],
                "T3": ["test_slim_linear_simulated"]},
     "conv": {"T1": ["test_slim_conv_interpreted"], "T2": ["test_slim_conv_aot"], "T3": ["test_slim_conv_simulated"]},
-    "slim_conv_depthwise_gradient": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_depthwise"],
-                                     "C4": ["cuda/test_binding"]},
     "slim_conv_depthwise": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_depthwise"],
                             "C3": ["cuda/test_simulated"], "C4": ["cuda/test_binding"]},
     "slice_accumulate": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_slice_accumulate"],
                          "C3": ["cuda/test_simulated"], "C4": ["cuda/test_binding"]},
-    "inr_weights": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_inr_weights"], "C4": ["cuda/test_binding"]},
+    "inr_weights": {"C1": ["cuda/test_compiled"], "C2": ["cuda/test_inr_weights"], "C3": ["cuda/test_inr_simulated"],
+                    "C4": ["cuda/test_binding"]},
 }  # fmt: skip
 
 
@@ -160,41 +159,50 @@ def rows_of_problem(
             )
 
 
-def cuda_rows(only: str | None) -> Iterator[Row]:
-    from tests.emulation.cuda import compiled
+def cuda_rows(only: str | None, targets: list[str] | None = None) -> Iterator[Row]:
+    from tests.emulation.aot import occupancy_bound
+    from tests.emulation.cuda import compiled, launched
 
     release = re.search(r"release ([\d.]+)", compiled.run("nvcc", "--version"))
     assert release is not None
-    decided_by_the_launch = dynamic_shared()
     for stem in compiled.STEMS:
         op = "inr_weights" if stem.startswith("inr_weights") else stem
         if only not in (None, op):
             continue
-        for target in compiled.TARGETS:
+        sizes, moved = launched.found(op)
+        for target in targets or compiled.TARGETS:
             for name, kernel in sorted(compiled.compile_file(stem, target).items()):
+                threads, dynamic = sizes[name]
+                shared = kernel.shared + dynamic
+                occupancy, limiter = occupancy_bound(kernel.registers, shared, threads // 32, target)
+                direction = next((word for word, part in DIRECTIONS.items() if part.search(name)), "")
+                times = moved.get(name.split(",")[0] if op == "inr_weights" else name)
                 yield Row(
                     kernel=name,
                     op=op,
-                    direction=next((word for word, part in DIRECTIONS.items() if part.search(name)), ""),
+                    direction=direction,
                     dtype=next((short for part, short in CUDA_DTYPES.items() if part in name), ""),
                     target=target,
                     registers=str(kernel.registers),
                     spills=str(kernel.spills),
-                    shared="" if name.split("<")[0] in decided_by_the_launch else str(kernel.shared),
-                    occupancy="",
-                    limiter="",
-                    moved="",
+                    shared=str(shared),
+                    occupancy=f"{occupancy:.3f}",
+                    limiter=limiter,
+                    moved=f"{times:.2f}" if times is not None and direction else "",
                     rungs=rungs("cuda", op),
                     gpu=NEVER,
                     compiler=f"nvcc {release[1]}",
                 )
 
 
-DIRECTIONS = {"backward": re.compile("backward|gradient"), "forward": re.compile("forward")}
+DIRECTIONS = {
+    "backward": re.compile("backward|gradient|inr_sum|inr_scale"),
+    "forward": re.compile("forward|depthwise|accumulate"),
+}
 # Of the first template argument; the kernels of inr_weights have the operand's number there (SkOperand).
 CUDA_DTYPES = {
     **{"<float": "f32", "<__nv_bfloat16": "bf16", "<__half": "f16"},
-    **{"<0,": "f32", "<1,": "tf32", "<2,": "bf16", "<3,": "f16", "inr_tables": "f32"},
+    **{"<0,": "f32", "<1,": "tf32", "<2,": "bf16", "<3,": "f16", "inr_": "f32"},
 }
 
 
@@ -215,11 +223,6 @@ def cuda_kernels() -> dict[str, str]:
                 raise ValueError(f"{path.name}: expected a kernel after __global__, got {part[:60]!r}")
             found[name[1]] = part
     return found
-
-
-def dynamic_shared() -> set[str]:
-    """CUDA kernels whose shared memory the launch decides."""
-    return {name for name, text in cuda_kernels().items() if "SK_DYN_SMEM" in text}
 
 
 def family_of(row: Row) -> str:
@@ -247,8 +250,8 @@ def markdown(rows: list[Row]) -> str:
         "",
         "Generated by `python -m tests.emulation.table`. No kernel here has been run on a GPU yet. `occupancy` is a bound"
         " from registers and shared memory, `moved` the bytes that all kernels of that op and direction move over the"
-        " fewest possible, counted without a cache. `shared` is empty where the launch decides it, by the shapes; other empty"
-        " cells were not counted.",
+        " fewest possible, counted without a cache. CUDA C++ decides the shared memory at the launch, by the shapes: it stands"
+        " here for a small one. Empty cells were not counted.",
         "",
         *(f"- {rung}: {text}" for rung, text in RUNGS.items()),
         "",

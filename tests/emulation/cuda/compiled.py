@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,19 @@ def built(stem: str, target: str) -> tuple[Path, str]:
 @functools.cache
 def compile_file(stem: str, target: str) -> dict[str, Compiled]:
     """Every kernel of ``stem``.cu by its readable name. A warning is an error."""
-    cubin, told = built(stem, target)
+    return kernels_of(*built(stem, target))
+
+
+def compile_text(text: str, target: str) -> dict[str, Compiled]:
+    """As ``compile_file``, of a source that is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "text.cu"), Path(folder, "text.cubin")
+        source.write_text(text)
+        told = run("nvcc", *FLAGS.split(), "-cubin", f"-arch={target}", "-Xptxas", "-v", str(source), "-o", str(cubin))
+        return kernels_of(cubin, told)
+
+
+def kernels_of(cubin: Path, told: str) -> dict[str, Compiled]:
     sass = disassembled(cubin)
     kernels = {}
     for part in told.split("Compiling entry function '")[1:]:

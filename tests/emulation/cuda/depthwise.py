@@ -53,7 +53,7 @@ def weight_gradient(kernels: Kernels, dy, x, weight, geometry) -> Tensor:
     shape = shape_of(x, weight, dy, *geometry)
     dw = torch.zeros_like(weight)
     scratch = torch.full((kernels.size("sk_depthwise_scratch", ctypes.byref(shape)),), float("nan"))
-    kernels.launch(
+    kernels.allow(dy, x, dw[: dy.shape[1]], scratch).launch(
         "sk_depthwise_weight_gradient", ctypes.byref(shape), pointer(dy), pointer(x), pointer(dw), pointer(scratch),
         DTYPES[x.dtype],
     )  # fmt: skip

@@ -70,13 +70,17 @@ class Simulated:
     """The launchers of some sources, as ``library.Kernels`` offers them; a call raises what the simulator found."""
 
     def __init__(
-        self, stems: str | tuple[str, ...], order: str = "together", edit: Callable[[str], str] | None = None
+        self,
+        stems: str | tuple[str, ...],
+        order: str = "together",
+        edit: Callable[[str], str] | None = None,
+        execute: bool = True,  # or only list what is launched
     ) -> None:
         path, texts = build((stems,) if isinstance(stems, str) else stems)
         self.library = ctypes.CDLL(str(path), os.RTLD_LAZY)  # launchers of other sources may be missing
         self.edit = edit or (lambda ptx: ptx)
         self.texts = texts
-        self.order = order
+        self.order, self.execute = order, execute
         self.tensors: list[Tensor] = []
         self.launches: list[Launch] = []
         self.error: Exception | None = None
@@ -110,12 +114,15 @@ class Simulated:
             self.error = error
 
     def _run(self, name, grid, block, arguments, shared) -> None:
-        ptx = next(text for text in self.texts if f".entry {name}(" in text)
-        kernel, memory = parsed(self.edit(ptx), name), HostMemory()
-        place(self.tensors, memory)
-        values = [ctypes.string_at(arguments[k], size) for k, (_, _, size) in enumerate(kernel.parameters)]
-        machine = Machine(kernel, values, memory, block, grid, shared, self.order)
-        machine.run()
-        memory.write_back()
+        steps = moved = 0
+        if self.execute:
+            ptx = next(text for text in self.texts if f".entry {name}(" in text)
+            kernel, memory = parsed(self.edit(ptx), name), HostMemory()
+            place(self.tensors, memory)
+            values = [ctypes.string_at(arguments[k], size) for k, (_, _, size) in enumerate(kernel.parameters)]
+            machine = Machine(kernel, values, memory, block, grid, shared, self.order)
+            machine.run()
+            memory.write_back()
+            steps, moved = machine.steps, machine.moved
         blocks, threads = (x * y * z for x, y, z in (grid, block))
-        self.launches.append(Launch(readable(name), blocks, threads, shared, machine.steps, machine.moved))
+        self.launches.append(Launch(readable(name), blocks, threads, shared, steps, moved))

@@ -22,6 +22,40 @@ assert not torch.cuda.is_initialized()
 for name in {names!r}:
     print(getattr(torch.ops.slimkernels_cuda, name).default._schema)
 """
+# The kernels behind the dispatcher's key for CUDA, called with tensors of the CPU: arguments arrive as the schema says, and
+# the kernel refuses them before it touches memory.
+REFUSE = """
+import torch
+torch.ops.load_library({library!r})
+ops, key = torch.ops.slimkernels_cuda, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+t, four = torch.zeros(64), torch.zeros(1, 2, 3, 3)
+geometry, numbers = [1] * 6, [0] * 7
+calls = {{
+    "depthwise_forward": (four, four, None, four, four, geometry, 0),
+    "depthwise_input_gradient": (four, four, four, geometry),
+    "depthwise_weight_gradient": (four, four, four, geometry),
+    "slice_accumulate": ([t, t], [t, t]),
+    "inr_forward": ([t] * 7, t, [t], None, [0] * 18, numbers, 1.0, 0.5, t),
+    "inr_backward": ([t] * 7, [t, t], None, t, [0] * 18, numbers, 1.0, 0.5, t, 1, [t] * 3),
+}}
+for name, arguments in calls.items():
+    operator = getattr(ops, name).default
+    for call in (operator, lambda *a: operator.redispatch(key, *a)):
+        try:
+            call(*arguments)
+            print(name, "took tensors of the CPU")
+        except (RuntimeError, NotImplementedError) as error:
+            print(name, str(error).splitlines()[0])
+assert not torch.cuda.is_initialized()
+"""
+REFUSALS = {
+    "depthwise_forward": "slim_conv: expected CUDA tensors of 4 dimensions and 6 integers of geometry",
+    "depthwise_input_gradient": "slim_conv_backward: expected CUDA tensors of 4 dimensions and 6 integers of geometry",
+    "depthwise_weight_gradient": "slim_conv_backward: expected CUDA tensors of 4 dimensions and 6 integers of geometry",
+    "slice_accumulate": "slice_accumulate: expected targets of the dtype and on the CUDA device of the first tensor",
+    "inr_forward": "inr_weights: expected packed networks on a CUDA device",
+    "inr_backward": "inr_weights_backward: expected packed networks on a CUDA device, 2 transposed matrices and 3 gradients",
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +70,7 @@ def library():
     if made.exists() and made.stat().st_mtime > newest:
         return made
     switches = {"SLIMKERNELS_CPP": "0", "SLIMKERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
+    switches["NVCC_APPEND_FLAGS"] = "-Xptxas -O0"  # no kernel runs here
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", f"--build-lib={BUILD}/binding", f"--build-temp={BUILD}/binding-temp"],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | switches,
@@ -66,6 +101,21 @@ def test_cuda_library_imports_without_a_gpu_and_its_schemas_match(library):
     assert done.returncode == 0, done.stderr[-3000:]
     schemas = dict(zip(names, done.stdout.splitlines(), strict=True))
     assert schemas == {name: f"slimkernels_cuda::{schema}" for name, schema in defined().items()}
+
+
+@pytest.mark.slow_emulation
+def test_cuda_operators_refuse_tensors_of_the_cpu(library):
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE.format(library=str(library))], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert set(REFUSALS) == set(defined())
+    for name, before, behind in zip(REFUSALS, lines[::2], lines[1::2], strict=True):
+        assert before.startswith(
+            f"{name} Could not run 'slimkernels_cuda::{name}' with arguments from the 'CPU' backend"
+        )
+        assert behind.startswith(f"{name} {REFUSALS[name]}"), behind
 
 
 def test_cuda_library_has_what_python_calls():

@@ -49,6 +49,40 @@ def test_sanitizers_find_nothing_in_any_dtype(file):
 
 
 @pytest.mark.slow_emulation
+def test_sanitizers_find_nothing_in_inr_weights():
+    run_tests(
+        str(HERE / "test_inr_weights.py"),
+        "-k",
+        "(f32 or noise or waves or outputs) and not planted and not hidden_sizes",
+    )
+
+
+INR_BUGS = {
+    "too little shared memory": ("inr_weights.cuh", "? room : other) + kRows * outputs * 4", "? room : other)"),
+    "weights beyond the tensor": ("inr_coordinates.cuh", "return out < job.c_out && in <", "return out <= job.c_out && in <"),
+    "rows beyond the tables": ("inr_weights_sums.cu", "if (k0 + k < count) load", "if (true) load"),
+}  # fmt: skip
+
+
+@pytest.mark.slow_emulation
+@pytest.mark.parametrize("name", INR_BUGS)
+def test_sanitizers_find_planted_bugs_in_inr_weights(name):
+    code = f"""
+import torch
+from tests.emulation.cuda import inr
+from tests.emulation.cuda.library import Kernels
+from tests.emulation.cuda.test_inr_weights import TENSORS, check, check_backward
+torch.set_num_threads(1)
+kernels = Kernels(inr.STEMS_OF[0], 0, {INR_BUGS[name]!r})
+check(kernels, 33, 1, 0, tensors=TENSORS[3:4])
+check_backward(kernels, 33, 1, 0, tensors=TENSORS[3:4])
+"""
+    done = run(["-c", code])
+    assert done.returncode, "the sanitizers let a planted bug through"
+    assert "AddressSanitizer" in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.slow_emulation
 @pytest.mark.parametrize(
     ("bug", "report"),
     [

@@ -113,25 +113,54 @@ def check_depthwise(name, order, dtype, edit=None):
     assert len(kernels.launches) == 2
 
 
-def depthwise_runs():
-    for name in DEPTHWISE:
+# case of test_depthwise, channels last, numbers in a vector (None: 16 bytes)
+GRADIENTS = {"planes": ("3x3", False, 1), "rows": ("3x3", True, None), "rows-odd": ("c3-m2", True, 1)}
+
+
+def check_weight_gradient(name, order, dtype, edit=None):
+    torch.manual_seed(0)
+    case, channels_last, vector = GRADIENTS[name]
+    x, weight, _, _, dy, (stride, padding, dilation), n = sample(case, dtype, channels_last)
+    kernels = Simulated("slim_conv_depthwise_gradient", order, edit)
+    dw = depthwise.weight_gradient(kernels, dy, x, weight, (stride, padding, dilation))
+    exact = torch.ops.aten.convolution_backward(
+        dy.double(), x.double(), weight[:n].double(), None, stride, padding, dilation, False, [0, 0], x.shape[1],
+        [False, True, False],
+    )  # fmt: skip
+    close(dw[:n], dtype, exact[1])
+    assert not dw[n:].any()
+    storage, lanes = NAMES[dtype]
+    assert [launch.kernel for launch in kernels.launches] == [
+        f"depthwise_gradient_kernel<{storage}, {vector or lanes}>", f"depthwise_gradient_sum_kernel<{storage}>",
+    ]  # fmt: skip
+
+
+def runs_of(names):
+    for name in names:
         for dtype, order in RUNS:
             slow = order == "together" or (name == "planes-strided" and dtype != F32)
             marks = [pytest.mark.slow_emulation] if slow else []
             yield pytest.param(name, dtype, order, marks=marks, id=f"{name}-{dtype_id(dtype)}-{order}")
 
 
-@pytest.mark.parametrize(("name", "dtype", "order"), list(depthwise_runs()))
+@pytest.mark.parametrize(("name", "dtype", "order"), list(runs_of(DEPTHWISE)))
 def test_depthwise_simulated(name, dtype, order):
     check_depthwise(name, order, dtype)
 
 
-@pytest.mark.parametrize("name", ["planes", "rows"])
-def test_depthwise_simulated_finds_a_missing_barrier(name):
+@pytest.mark.parametrize(("name", "dtype", "order"), list(runs_of(GRADIENTS)))
+def test_depthwise_weight_gradient_simulated(name, dtype, order):
+    check_weight_gradient(name, order, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), [("planes", check_depthwise), ("rows", check_depthwise), ("rows", check_weight_gradient)]
+)
+def test_depthwise_simulated_finds_a_missing_barrier(name, check):
     found = []
     for order in ORDERS:
         try:
-            check_depthwise(name, order, torch.float32, edited(r"bar\.sync\s+0;", ""))
+            check(name, order, torch.float32, edited(r"bar\.sync\s+0;", ""))
         except (AssertionError, PTXError):
             found.append(order)
     assert found
