@@ -77,7 +77,7 @@ class Operators:
         uploaded = torch.zeros_like(table)
         self.kernels.allow(uploaded)
         self.kernels.launch("sk_upload", pointer(uploaded), pointer(table), ctypes.c_int64(table.numel() * 8))
-        assert torch.equal(uploaded, table)
+        assert torch.equal(uploaded, table) or not self.kernels.execute
         assert self.kernels.size("sk_inr_tile", ctypes.c_int64(hidden)) == packing.tile_rows(hidden)
         call = Call(
             *(pointer(t) for t in networks), pointer(scale), pointer(uploaded), None, pointer(tables),

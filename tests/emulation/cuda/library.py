@@ -92,6 +92,8 @@ def run(command: list[str]) -> None:
 class Kernels:
     """The launchers of one library; every call raises what the emulator found."""
 
+    execute = True
+
     def __init__(self, stems: tuple[str, ...], schedule: int = 0, bug: tuple[str, str, str] | None = None) -> None:
         self.library = ctypes.CDLL(str(build(stems, bug)), os.RTLD_LAZY)  # launchers of other stems may be missing
         self.library.emulator_take_error.restype = ctypes.c_char_p

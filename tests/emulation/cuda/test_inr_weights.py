@@ -70,7 +70,12 @@ def check(kernels, hidden, depth, operand, activation="relu", noise="none", samp
     assert error(ours, exact) < LIMITS[operand]
 
 
-RUNS = [(s, o) for s in SCHEDULES for o in OPERANDS if s == 0 or o in ("f32", "bf16")]
+SLOW = [pytest.mark.slow_emulation]
+QUICK = ("f32", "bf16")  # the others store the same
+RUNS = [
+    pytest.param(s, o, marks=[] if o in QUICK else SLOW) for s in SCHEDULES for o in OPERANDS if s == 0 or o in QUICK
+]
+KINDS = [pytest.param(o, marks=[] if o in QUICK else SLOW) for o in OPERANDS]
 
 
 @pytest.mark.parametrize(("schedule", "operand"), RUNS)
@@ -92,7 +97,7 @@ def test_inr_weights_noise_and_samples(noise):
 
 
 @pytest.mark.parametrize("hidden", [100, 256, 300])
-@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("operand", KINDS)
 def test_inr_weights_hidden_sizes(hidden, operand):
     skip_unless_possible()
     check(Kernels(inr.STEMS_OF[OPERANDS[operand]]), hidden, 1, OPERANDS[operand], tensors=TENSORS[:1])
@@ -194,7 +199,7 @@ def test_inr_weights_backward_without_hidden_layers_and_many_outputs():
 
 
 @pytest.mark.parametrize("hidden", [100, 256, 300, 512])
-@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("operand", KINDS)
 def test_inr_weights_backward_hidden_sizes(hidden, operand):
     skip_unless_possible()
     check_backward(
