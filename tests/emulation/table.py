@@ -218,7 +218,7 @@ def cuda_kernels() -> dict[str, str]:
     found = {}
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
         for part in re.split(r"\b__global__\b", path.read_text())[1:]:
-            name = re.match(r"\s+void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", part)
+            name = re.match(r"\s+void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\(", part)
             if name is None:
                 raise ValueError(f"{path.name}: expected a kernel after __global__, got {part[:60]!r}")
             found[name[1]] = part
