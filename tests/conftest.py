@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, TF32
 
 
 @pytest.fixture(autouse=True)
@@ -27,4 +27,8 @@ def _poisoned_memory_and_seed():
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # a shared 2-core machine loses whole scheduler ticks in OpenMP barriers
+    if DEVICE != "cpu":  # PyTorch's own default is tf32 in cuDNN and exact products elsewhere
+        precision = "tf32" if TF32 else "ieee"
+        for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            switch.fp32_precision = precision
     config.addinivalue_line("markers", "slow: takes more than ten seconds")

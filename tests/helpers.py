@@ -15,11 +15,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 # With SLIMKERNELS_TEST_DEVICE=cuda every tensor that a test makes is on the GPU (tests/conftest.py), unless it says "cpu".
 DEVICE = os.environ.get("SLIMKERNELS_TEST_DEVICE", "cpu")
+# There float32 is multiplied exactly, or in tf32 where SLIMKERNELS_TEST_TF32=1.
+TF32 = os.environ.get("SLIMKERNELS_TEST_TF32") == "1"
 DEVICES = [DEVICE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DTYPE_IDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 ODD_SIZES = [1, 3, 5, 7, 9, 13, 17, 31, 33, 65, 72, 100, 129]
-FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float64: 1e-12}
+# tf32 keeps as many bits as float16.
+FLOOR = {torch.float32: 1e-3 if TF32 else 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float64: 1e-12}
 
 
 def dtype_id(value: Any) -> str | None:

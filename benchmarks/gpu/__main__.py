@@ -17,6 +17,7 @@ STEPS = {
     "build": (checks.build, 90),
     "ceilings": (checks.ceilings, 20),
     "tests": (checks.tests, 150),
+    "tests in tf32": (checks.tests_tf32, 40),
     "recompiles": (checks.recompiles, 30),
     "training": (timings.time_training, 40),
     "generation": (timings.time_generation, 30),

@@ -55,6 +55,16 @@ def tests(session: Session) -> str:
     return told if status == 0 else f"red: {told}"
 
 
+def tests_tf32(session: Session) -> str:
+    """What multiplies float32, once more in tf32, with the tolerance of its ten bits."""
+    words = [sys.executable, "-m", "pytest", "-q", "-k", "f32", "--collect-only" if session.dry else "--maxfail=50"]
+    ops = ["slim_linear"] if session.dry else ["slim_linear", "slim_conv", "inr_weights"]
+    words += [f"tests/ops/test_{op}.py" for op in ops]
+    environment = {"SLIMKERNELS_TEST_DEVICE": session.device.type, "SLIMKERNELS_TEST_TF32": "1"}
+    status, told = command(session, "tests_tf32", words, **environment)
+    return told if status == 0 else f"red: {told}"
+
+
 def sanitizer(session: Session) -> str:
     found = shutil.which("compute-sanitizer")
     if session.dry or found is None:

@@ -151,7 +151,7 @@ def job_table(
 def operand_of(dtype: torch.dtype) -> int:
     """16-bit networks are multiplied in their dtype, float32 in tf32 where torch's switch for matrix products allows it."""
     if dtype == torch.float32:
-        return TF32 if torch.backends.cuda.matmul.allow_tf32 else FLOAT
+        return TF32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else FLOAT
     return BFLOAT16 if dtype == torch.bfloat16 else HALF
 
 

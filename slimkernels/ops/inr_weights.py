@@ -90,7 +90,7 @@ def inr_weights(
     weights of one network twice more in backward, and the activations of 84 coordinates.
 
     GPU: CUDA C++ (hidden up to 512, outputs up to 128, relu, elu, gelu or silu; float32 in tf32 where
-    ``torch.backends.cuda.matmul.allow_tf32``), the rest in PyTorch, and networks that are too large for a block's shared
+    ``torch.backends.cuda.matmul.fp32_precision`` says so), the rest in PyTorch, and networks that are too large for a block's shared
     memory. Backward holds 256 MiB of activations at a time and sums in a fixed order.
 
     Raises: ValueError when a shape, a width, a name or a descriptor does not fit, TypeError when dtypes differ.

@@ -11,9 +11,6 @@ from torch import Tensor
 # About the multiprocessors of the GPUs at hand (A100: 108, H100: 132). A constant, so that no launch asks the driver.
 MULTIPROCESSORS = 128
 
-# The most bytes of shared memory a block may use on sm_80.
-SHARED_MEMORY = 163 * 1024
-
 
 class Blocks(NamedTuple):
     """Sizes of a tile of a matrix product and how many warps and pipeline stages work on it."""

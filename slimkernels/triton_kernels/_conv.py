@@ -27,6 +27,9 @@ from slimkernels.triton_kernels._common import (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIONS = ["B", "ROWS_H", "ROWS_W", "SRC_H", "SRC_W", "DST_H", "DST_W", "pad_h", "pad_w"]
+# Which of these a width makes multiples of 16 says nothing where rows are not loaded 16 bytes at once: there Triton does
+# not look, or it would compile for each combination.
+RAGGED = ["N", "C", "stride_wg", *(f"stride_{tensor}{part}" for tensor in "srdy" for part in "bhw")]
 
 
 @triton.jit
@@ -260,6 +263,15 @@ def _slim_conv_bwd_w_kernel(
     tl.store(dw, acc.to(dw_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_c[None, :])
 
 
+def _ragged(kernel, *more: str):
+    """The same kernel where nothing is aligned."""
+    return triton.jit(do_not_specialize=[*POSITIONS, *RAGGED, *more])(kernel.fn)
+
+
+_ragged_conv = _ragged(_slim_conv_kernel)
+_ragged_bwd_w = _ragged(_slim_conv_bwd_w_kernel, "rows_per_split", "stride_ds", "stride_dn")
+
+
 def takes(x: Tensor, dy: Tensor) -> bool:
     """Whether the kernels take a convolution from ``x`` to ``dy`` (or back): 1d and 2d, positions counted in 32 bits."""
     positions = max(t.numel() // max(t.shape[1], 1) for t in (x, dy))
@@ -315,20 +327,12 @@ def launch_conv(
     blocks = pick_blocks(m, n, c * kh * kw if flat else c, src.element_size(), precision, vectors, most_n)
     grid = (ceil_div(m, blocks.m) * ceil_div(n, blocks.n), groups, stride_h * stride_w if transposed else 1)
     with on_device(src):
-        _slim_conv_kernel[grid](
-            src,
-            weight,
-            bias,
-            residual,
-            dst,
-            src.shape[0],
+        (_slim_conv_kernel if vectors else _ragged_conv)[grid](
+            *(src, weight, bias, residual, dst, src.shape[0]),
             *rows,
             *src.shape[2:],
             *dst.shape[2:],
-            n,
-            c,
-            kh,
-            kw,
+            *(n, c, kh, kw),
             *geometry,
             *steps,
             *deltas,
@@ -367,7 +371,8 @@ def launch_weight_gradient(
     flat = c < 16
     width = c * kh * kw if flat else c
     precision = conv_precision(src.dtype)
-    blocks = pick_blocks(n, width, m, src.element_size(), precision, not flat and aligned(dy, src, sizes=(c, n)))
+    vectors = not flat and aligned(dy, src, sizes=(c, n))
+    blocks = pick_blocks(n, width, m, src.element_size(), precision, vectors)
     tiles = ceil_div(n, blocks.m) * ceil_div(width, blocks.n) * (1 if flat else kh * kw)
     splits = pick_splits(tiles * groups, m, blocks.k)
     rows = ceil_div(ceil_div(m, splits), blocks.k) * blocks.k
@@ -375,16 +380,9 @@ def launch_weight_gradient(
     if splits > 1:
         target = dw.new_empty((splits, dw.shape[0], kh, kw, c), dtype=torch.float32).permute(0, 1, 4, 2, 3)
     with on_device(src):
-        _slim_conv_bwd_w_kernel[(tiles, splits, groups)](
-            dy,
-            src,
-            target,
-            *(dy.shape[0], *dy.shape[2:], *src.shape[2:]),
-            n,
-            c,
-            kh,
-            kw,
-            rows,
+        (_slim_conv_bwd_w_kernel if vectors else _ragged_bwd_w)[(tiles, splits, groups)](
+            *(dy, src, target, dy.shape[0], *dy.shape[2:], *src.shape[2:]),
+            *(n, c, kh, kw, rows),
             *geometry,
             *strides(dy),
             *strides(src),

@@ -124,10 +124,12 @@ def _nvidia(compiled: Any, arch: int) -> dict[str, Any]:
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
         named = _search(r"\.target\s+(\w+)", compiled.asm["ptx"])[1]
-        # The spills are in no section of a cubin: only ptxas tells, so it runs once more.
-        told = _output([get_ptxas(arch).path, "-v", f"-arch={named}", str(ptx), "-o", str(Path(folder, "again"))])
         usage = _output([str(BIN / "cuobjdump"), "-res-usage", str(cubin)])
         sass = _output([str(BIN / "cuobjdump"), "-sass", str(cubin)])
+        told = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+        if not re.search(r"STACK:0 .*LOCAL:0 ", usage):
+            # How much of the stack is spills only ptxas tells, so it runs once more.
+            told = _output([get_ptxas(arch).path, "-v", f"-arch={named}", str(ptx), "-o", str(Path(folder, "again"))])
     spills = _search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
     return {
         "registers": int(_search(r"REG:(\d+)", usage)[1]),

@@ -17,6 +17,7 @@ CASES = [
     for op in cases.OPS
     for dtype in cases.DTYPES
     for target in aot.TARGETS
+    if dtype != torch.float16 or target == "sm_80"  # the other 16-bit type is compiled for all of them
 ]
 
 
@@ -32,7 +33,7 @@ def test_norms_fit_and_load_16_bytes(op, dtype, target):
         for launch, found in compiled(op, dtype, target, layout):
             what = f"{launch.name} for {target}, {layout}"
             assert (found.spills, found.stack) == (0, 0), f"{found.spills} bytes of spills in {what}"
-            assert found.shared <= aot.LIMITS["sm_80"].shared_per_block, what
+            assert found.shared <= aot.LIMITS["sm_120"].shared_per_block, what
             # A wavefront has 64 lanes: on AMD some of these tiles are too small for 16 bytes a lane.
             if layout != "ragged" and target != "gfx942" and launch.name not in SUMS:
                 assert found.mix["LDG128"] > 0, f"no 16-byte load in {what}"

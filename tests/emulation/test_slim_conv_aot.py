@@ -9,7 +9,7 @@ from tests.helpers import dtype_id
 pytest.importorskip("triton", reason="Triton is not installed")
 aot = pytest.importorskip("tests.emulation.aot", reason="needs Triton")
 capture = pytest.importorskip("tests.emulation.capture", reason="needs Triton").capture
-check_matrix_kernel = pytest.importorskip("tests.emulation.resource_limits").check_matrix_kernel
+limits = pytest.importorskip("tests.emulation.resource_limits", reason="needs Triton")
 kernels = pytest.importorskip("slimkernels.triton_kernels.slim_conv")
 
 LAST = torch.channels_last
@@ -23,16 +23,7 @@ SHAPES = {
     "stem": (3, 64, 3, 64, (7, 7), (112, 112), 1, 2, 3, 1, LAST),
     "groups": (128, 128, 256, 256, (3, 3), (28, 28), 4, 1, 1, 4, LAST),
 }
-PRECISIONS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 FAST = {("large", torch.bfloat16, "sm_90"), ("ragged", torch.bfloat16, "sm_80")}
-CASES = [
-    pytest.param(
-        name, dtype, precision, target, marks=() if (name, dtype, target) in FAST else pytest.mark.slow_emulation
-    )
-    for name in SHAPES
-    for dtype, precision in PRECISIONS
-    for target in aot.TARGETS
-]
 
 
 def launches(name, dtype):
@@ -50,10 +41,12 @@ def launches(name, dtype):
     return zip([*forward, *backward], ["BLOCK_M", "BLOCK_M", "BLOCK_N"], strict=True)
 
 
-@pytest.mark.parametrize(("name", "dtype", "precision", "target"), CASES, ids=dtype_id)
+@pytest.mark.parametrize(
+    ("name", "dtype", "precision", "target"), list(limits.matrix_cases(SHAPES, FAST)), ids=dtype_id
+)
 def test_slim_conv_fits(name, dtype, precision, target, monkeypatch):
     monkeypatch.setattr("slimkernels.triton_kernels._conv.conv_precision", lambda dtype: precision)
     for launch, rows in launches(name, dtype):
-        found = check_matrix_kernel(launch, target, rows)
+        found = limits.check_matrix_kernel(launch, target, rows)
         if name in ("large", "pointwise") and target == "sm_80":
             assert found.mix["LDGSTS128"] == found.mix["LDGSTS"] > 0

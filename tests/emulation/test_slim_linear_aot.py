@@ -8,7 +8,7 @@ from tests.helpers import dtype_id
 pytest.importorskip("triton", reason="Triton is not installed")
 aot = pytest.importorskip("tests.emulation.aot", reason="needs Triton")
 capture = pytest.importorskip("tests.emulation.capture", reason="needs Triton").capture
-check_matrix_kernel = pytest.importorskip("tests.emulation.resource_limits").check_matrix_kernel
+limits = pytest.importorskip("tests.emulation.resource_limits", reason="needs Triton")
 kernels = pytest.importorskip("slimkernels.triton_kernels.slim_linear")
 
 # (m, n, k, N, K, in_blocks, out_blocks): each makes pick_blocks choose other tiles, and Triton specialise otherwise.
@@ -21,7 +21,6 @@ SHAPES = {
     "small": (9, 10, 8, 16, 16, 1, 1),
     "long": (50000, 64, 48, 64, 64, 1, 1),
 }
-PRECISIONS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 FAST = {("ragged-blocks", torch.bfloat16, "sm_80"), ("large", torch.bfloat16, "sm_90")}
 
 
@@ -37,20 +36,13 @@ def launches(name, dtype):
     return zip([*forward, *backward], ["BLOCK_M", "BLOCK_M", "BLOCK_N"], strict=True)
 
 
-def cases():
-    for name in SHAPES:
-        for dtype, precision in PRECISIONS:
-            for target in aot.TARGETS:
-                fast = (name, dtype, target) in FAST
-                marks = () if fast else (pytest.mark.slow_emulation,)
-                yield pytest.param(name, dtype, precision, target, marks=marks)
-
-
-@pytest.mark.parametrize(("name", "dtype", "precision", "target"), list(cases()), ids=dtype_id)
+@pytest.mark.parametrize(
+    ("name", "dtype", "precision", "target"), list(limits.matrix_cases(SHAPES, FAST)), ids=dtype_id
+)
 def test_slim_linear_fits(name, dtype, precision, target, monkeypatch):
     monkeypatch.setattr(kernels, "matmul_precision", lambda dtype: precision)
     for launch, rows in launches(name, dtype):
-        check_matrix_kernel(launch, target, rows)
+        limits.check_matrix_kernel(launch, target, rows)
 
 
 @pytest.mark.slow_emulation
@@ -64,4 +56,4 @@ def test_the_limits_find_tiles_that_spill(monkeypatch):
     monkeypatch.setattr(kernels, "aligned", lambda *tensors, sizes=(): True)  # large tiles where rows are ragged
     (forward, rows), *_ = launches("ragged", torch.bfloat16)
     with pytest.raises(AssertionError, match="bytes of spills"):
-        check_matrix_kernel(forward, "sm_80", rows)
+        limits.check_matrix_kernel(forward, "sm_80", rows)
