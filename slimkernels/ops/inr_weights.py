@@ -90,8 +90,8 @@ def inr_weights(
     weights of one network twice more in backward, and the activations of 84 coordinates.
 
     GPU: CUDA C++ (hidden up to 512, outputs up to 128, relu, elu, gelu or silu; float32 in tf32 where
-    ``torch.backends.cuda.matmul.fp32_precision`` says so), the rest in PyTorch, and networks that are too large for a block's shared
-    memory. Backward holds 256 MiB of activations at a time and sums in a fixed order.
+    ``torch.backends.cuda.matmul.fp32_precision`` says so), the rest in PyTorch, and networks that are too large for a block's
+    shared memory. Backward holds 256 MiB of activations at a time and sums in a fixed order.
 
     Raises: ValueError when a shape, a width, a name or a descriptor does not fit, TypeError when dtypes differ.
     Numerics: 16-bit parameters are multiplied in 16 bits and summed in float32; first layer and residual in float32.
