@@ -112,6 +112,8 @@ class _Layers:
                 return
             last = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
             dim = -1 if last or x.dim() == 1 else 1
+            if isinstance(module, nn.modules.instancenorm._InstanceNorm) and x.dim() == module._get_no_batch_dim():
+                dim = 0
             self.taken(x, name, "ch", dim)
             self.labels.put(y, self.labels.get(x))
         else:

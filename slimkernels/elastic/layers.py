@@ -49,6 +49,8 @@ def kinds() -> tuple[LayerKind, ...]:
             LayerKind(transposed, _CONV, {"weight": {0: "in", 1: "out"}, "bias": {0: "out"}}, f"SlimConvTranspose{d}d")
         )
         found.append(LayerKind(norm, {"ch": "num_features"}, _CHANNELS | _STATISTICS, f"SlimBatchNorm{d}d"))
+        instance = getattr(nn, f"InstanceNorm{d}d")
+        found.append(LayerKind(instance, {"ch": "num_features"}, _CHANNELS, f"SlimInstanceNorm{d}d"))
     found.append(LayerKind(nn.LayerNorm, {"ch": "normalized_shape"}, _CHANNELS, "SlimLayerNorm"))
     found.append(LayerKind(nn.RMSNorm, {"ch": "normalized_shape"}, {"weight": {0: "ch"}}, "SlimRMSNorm"))
     found.append(LayerKind(nn.GroupNorm, {"ch": "num_channels"}, _CHANNELS, "SlimGroupNorm"))
@@ -116,6 +118,8 @@ def reason_not_slimmable(module: nn.Module) -> str | None:
     for name in tensor_axes(module, kind):
         if getattr(module, name, None) is not None and name not in module._parameters and name not in module._buffers:
             return f"its {name} is computed (parametrization or weight norm)"
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        return "it keeps running statistics"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
         return "it normalises over several dimensions"
     return None

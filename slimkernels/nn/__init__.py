@@ -11,7 +11,14 @@ from slimkernels.nn.conv import (
 )
 from slimkernels.nn.embedding import SlimEmbedding
 from slimkernels.nn.linear import SlimLinear
-from slimkernels.nn.norm import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
+from slimkernels.nn.norm import (
+    SlimGroupNorm,
+    SlimInstanceNorm1d,
+    SlimInstanceNorm2d,
+    SlimInstanceNorm3d,
+    SlimLayerNorm,
+    SlimRMSNorm,
+)
 from slimkernels.nn.recurrent import SlimGRU, SlimGRUCell, SlimLSTM, SlimLSTMCell
 
 __all__ = [
@@ -28,6 +35,9 @@ __all__ = [
     "SlimGRU",
     "SlimGRUCell",
     "SlimGroupNorm",
+    "SlimInstanceNorm1d",
+    "SlimInstanceNorm2d",
+    "SlimInstanceNorm3d",
     "SlimLSTM",
     "SlimLSTMCell",
     "SlimLayerNorm",

@@ -2,6 +2,7 @@
 
 import math
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimkernels.nn._base import SlimModule
@@ -104,3 +105,43 @@ class SlimGroupNorm(_Norm, nn.GroupNorm):
             activation=self.activation,
             residual=residual,
         )
+
+
+class _SlimInstanceNorm(SlimModule, nn.modules.instancenorm._InstanceNorm):
+    """An instance norm on as many leading channels as its input has. No running statistics."""
+
+    def __init__(self, num_features: int, *args, **kwargs) -> None:
+        super().__init__(num_features, *args, **kwargs)
+        if self.track_running_stats:
+            raise ValueError(f"{type(self).__name__}: expected track_running_stats to be False, got True")
+        self._init_slim()
+
+    def _init_slim(self) -> None:
+        self._init_width(self.num_features)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, c, *) or (c, *) -> the same
+        self._check_input_dim(x)
+        unbatched = x.dim() == self._get_no_batch_dim()
+        weight, bias = (
+            p if p is None or self.in_index is None else p.index_select(0, self.in_index)
+            for p in (self.weight, self.bias)
+        )
+        c = x.shape[0 if unbatched else 1]
+        if c > self.num_features or (weight is not None and c > weight.shape[0]):
+            raise ValueError(f"{type(self).__name__}: expected x with at most {self.num_features} channels, got {c}")
+        if weight is not None:
+            weight, bias = weight[:c], bias[:c]
+        y = F.instance_norm(x.unsqueeze(0) if unbatched else x, None, None, weight, bias, True, 0.0, self.eps)
+        return y.squeeze(0) if unbatched else y
+
+
+class SlimInstanceNorm1d(_SlimInstanceNorm, nn.InstanceNorm1d):
+    """``nn.InstanceNorm1d`` on its first channels; without running statistics."""
+
+
+class SlimInstanceNorm2d(_SlimInstanceNorm, nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` on its first channels; without running statistics."""
+
+
+class SlimInstanceNorm3d(_SlimInstanceNorm, nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d`` on its first channels; without running statistics."""

@@ -75,8 +75,8 @@ def chunks_and_across(net, x):  # as a dual-path network
     return net.out(y.reshape(b, t, c))
 
 
-def convolutions(forward, **modules):
-    return Net(forward, a=nn.Conv2d(3, 16, 3, padding=1), out=nn.Conv2d(16, 2, 1), **modules)
+def convolutions(forward, last=16, **modules):
+    return Net(forward, a=nn.Conv2d(3, 16, 3, padding=1), out=nn.Conv2d(last, 2, 1), **modules)
 
 
 def wavenet(net, x):
@@ -201,6 +201,17 @@ NETS = {
         ),
         ROWS,
         {"parts.0"},
+    ),
+    "instance-norm": (
+        lambda: convolutions(
+            lambda net, x: net.out(net.norm2(net.b(F.relu(net.norm1(net.a(x)))))),
+            last=12,
+            b=nn.Conv2d(16, 12, 3),
+            norm1=nn.InstanceNorm2d(16),
+            norm2=nn.InstanceNorm2d(12, affine=True),
+        ),
+        IMAGE,
+        {"a", "b"},
     ),
     "mixer": (
         lambda: Net(mixer, a=nn.Conv2d(3, 16, 4, 4), tokens=mlp(4, 8), channels=mlp(16, 24), last=nn.Linear(16, 3)),

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import slimkernels.nn
 from slimkernels.nn import SlimGroupNorm, SlimLayerNorm, SlimRMSNorm
 from tests.helpers import check_graphs
 
@@ -76,3 +77,22 @@ def test_norm_without_affine(affine):
     torch.testing.assert_close(SlimGroupNorm(4, 16, affine=False)(x), nn.functional.group_norm(x, 2))
     norm = SlimLayerNorm(16, elementwise_affine=affine, bias=False)
     torch.testing.assert_close(norm(x.transpose(1, 2)), nn.functional.layer_norm(x.transpose(1, 2), (8,)))
+
+
+@pytest.mark.parametrize(("d", "affine"), [(1, True), (2, False), (3, True)])
+def test_instance_norm_on_its_first_channels(d, affine):
+    torch.manual_seed(0)
+    ours = getattr(slimkernels.nn, f"SlimInstanceNorm{d}d")(8, affine=affine)
+    plain = getattr(nn, f"InstanceNorm{d}d")(5, affine=affine)
+    if affine:
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                getattr(ours, name).normal_()
+                p.copy_(getattr(ours, name)[:5])
+    x = torch.randn(2, 5, *[6] * d)
+    torch.testing.assert_close(ours(x), plain(x))
+    torch.testing.assert_close(ours(x[0]), plain(x[0]))
+    with pytest.raises(ValueError, match="expected x with at most 8 channels, got 9"):
+        ours(torch.randn(2, 9, *[6] * d))
+    with pytest.raises(ValueError, match="expected track_running_stats to be False"):
+        type(ours)(8, track_running_stats=True)
