@@ -15,6 +15,7 @@ from slimkernels.ops._common import (
     grad_needed,
     on_gpu,
 )
+from slimkernels.ops._slots import cast_slice, deposit, slot_of, stand_in
 from slimkernels.ops.activation import activation as apply_activation
 from slimkernels.ops.activation import activation_grad
 from slimkernels.reference import slim_linear as reference
@@ -61,9 +62,11 @@ def slim_linear(
     check_shape(op, "residual", residual, (*x.shape[:-1], n))
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias, residual = (None if t is None else t.to(dtype) for t in (bias, residual))
+        rows, columns = (n, x.shape[-1]) if in_blocks == out_blocks == 1 else weight.shape
+        x, weight = x.to(dtype), cast_slice(weight, dtype, rows, columns)
+        bias, residual = cast_slice(bias, dtype, rows), None if residual is None else residual.to(dtype)
     check_same_dtype_device(op, x, weight=weight, bias=bias, residual=residual)
+    weight, bias = stand_in(weight), stand_in(bias)
     run = torch.ops.slimkernels.slim_linear.default
     if activation not in OUTPUT_ACTIVATIONS and grad_needed(x, weight, bias, residual):
         # Backward needs the activation's input: keep it instead of computing it twice.
@@ -95,6 +98,7 @@ def _backward_fake(dy, x, weight, in_blocks, out_blocks, need_dx, need_dw, need_
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, ctx.out_features, ctx.in_blocks, ctx.out_blocks, ctx.activation, residual = inputs
+    ctx.weight_slot, ctx.bias_slot = slot_of(weight), slot_of(bias)
     by_output = ctx.activation in OUTPUT_ACTIVATIONS
     ctx.has_output = by_output and ctx.activation != "none"
     ctx.recompute = not by_output
@@ -111,9 +115,16 @@ def _backward(ctx, dy):
             x, weight, bias, ctx.out_features, ctx.in_blocks, ctx.out_blocks, "none", residual
         )
     dz = activation_grad(dy, output, ctx.activation)
+    slots = ctx.weight_slot, ctx.bias_slot
+    shape = weight.shape
+    if slots != (None, None) and ctx.in_blocks == ctx.out_blocks == 1:
+        weight = weight[: ctx.out_features, : x.shape[-1]]  # gradients of the active slice alone
     dx, dw, db = torch.ops.slimkernels.slim_linear_backward.default(
         dz, x, weight, ctx.in_blocks, ctx.out_blocks, need_dx, need_dw, need_db
     )
+    if slots != (None, None):
+        dw = deposit(ctx.weight_slot, dw, shape) if need_dw else None
+        db = deposit(ctx.bias_slot, db, shape[:1]) if need_db else None
     return (
         dx if need_dx else None,
         dw if need_dw else None,

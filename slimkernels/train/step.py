@@ -78,7 +78,8 @@ def sandwich_step(
         scaler: a gradient scaler for fp16; the losses are scaled by it and the optimizer steps through it.
         clip_grad: largest norm of all gradients together, clipped before the optimizer steps.
         recompute: outputs of batch norms are computed again in backward where that frees memory, instead of being kept
-            beside the norm's input: the same numbers, less memory, one more pass over them.
+            beside the norm's input: the same numbers, less memory, one more pass over them. On the CPU a convolution and
+            its norm are then two nodes of autograd instead of one.
 
     Returns: each width's loss, detached, in the order in which they ran; by (width, depth) where the model's depth is
         elastic.
@@ -128,8 +129,9 @@ def accumulate_passes(
     With ``distill`` the first width is the teacher. ``scale`` multiplies the gradients; ``reduce=False`` leaves them to this
     rank, for all but the last of several batches whose gradients add up.
 
-    Convolutions and batch norms add their gradients straight to the active slice of one buffer a parameter; the last
-    pass hands the sums to autograd, so that hooks on a parameter run once. Nothing is left of them when a pass raises.
+    Convolutions, batch norms and linear layers add their gradients straight to the active slice of one buffer a
+    parameter; the last pass hands the sums to autograd, so that hooks on a parameter run once. Nothing is left of them
+    when a pass raises.
     Batch norms run together with the additions and activations after them (``train.fuse``). A compiled model does
     neither: every pass adds a gradient of full size to ``.grad``.
 

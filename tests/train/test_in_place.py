@@ -1,5 +1,7 @@
 """What ``accumulate_passes`` does beside the ordinary way: gradients into slices, recomputed outputs, fused norms."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,9 @@ from torch import nn
 
 from slimkernels import elastic
 from slimkernels.models.resnet import CifarResNet
+from slimkernels.nn import SlimLinear
 from slimkernels.ops import _recipes, _slots
+from slimkernels.ops._slots import flush, gradient_slots
 from slimkernels.train import fuse, sandwich_step
 from slimkernels.train.step import accumulate_passes
 
@@ -111,13 +115,13 @@ def test_hooks_of_a_parameter_run_once_with_the_sum():
     model, other = network(), network()
     seen, after = {}, {}
     for name, p in model.named_parameters():
-        if p.requires_grad and not name.startswith("linear"):
+        if p.requires_grad:
             p.register_hook(lambda g, name=name: seen.setdefault(name, []).append(g.clone()))
             p.register_post_accumulate_grad_hook(lambda p, name=name: after.setdefault(name, []).append(p.grad.clone()))
     accumulate_passes(model, data(), F.cross_entropy, WIDTHS)
     ordinary(other, data())
     check_same_gradients(model, other)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("linear")}
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert set(seen) == set(after) == trained
     for name in trained:
         assert len(seen[name]) == len(after[name]) == 1
@@ -150,8 +154,7 @@ def test_an_exception_leaves_no_half_state():
 
     with pytest.raises(RuntimeError, match="third width"):
         accumulate_passes(model, data(), failing, WIDTHS)
-    sliced = [n for n, p in model.named_parameters() if p.grad is not None]
-    assert sliced in ([], ["linear.weight", "linear.bias"])
+    assert all(p.grad is None for p in model.parameters())
     assert not _slots._slots
     assert _recipes._active == 0
     assert "forward" not in model.__dict__
@@ -191,6 +194,32 @@ def test_frozen_parameters_and_parameters_used_twice():
     accumulate_passes(model, data(), F.cross_entropy, WIDTHS)
     ordinary(other, data())
     check_same_gradients(model, other)
+
+
+@pytest.mark.parametrize("amp", [None, "bf16"])
+@pytest.mark.parametrize("blocks", [(1, 1), (2, 1), (1, 3)], ids=str)
+def test_linear_layers_add_to_their_slots(blocks, amp):
+    torch.manual_seed(0)
+    linear, x = SlimLinear(12, 18), torch.randn(5, 8)
+    linear.in_blocks, linear.out_blocks = blocks
+    other, seen = copy.deepcopy(linear), []
+    for p in linear.parameters():
+        p.register_hook(lambda g: seen.append(g.clone()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp is not None):
+        with gradient_slots(linear.parameters()) as slots:
+            for n in (18, 12, 6):
+                linear.set_width(n)
+                for slot in slots if n == 6 else ():
+                    slot.last = True
+                linear(x).square().sum().backward()
+            flush(slots)
+        for n in (18, 12, 6):
+            other.set_width(n)
+            other(x).square().sum().backward()
+    for p, q in zip(linear.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=2e-2 if amp else 1e-5, atol=1e-5)
+    assert {g.shape for g in seen} == {linear.bias.shape, linear.weight.shape}
+    assert len(seen) == 2
 
 
 # The fused forward
