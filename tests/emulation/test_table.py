@@ -39,14 +39,15 @@ def test_table_claims_no_run_on_a_gpu_and_no_spill():
 
 
 @pytest.mark.slow_emulation
-@pytest.mark.parametrize("op", ["slim_layer_norm", "slim_linear"])
+@pytest.mark.parametrize("op", ["slim_batch_norm", "slim_layer_norm", "slim_linear", "slim_conv"])
 def test_table_says_what_the_compiler_says(op):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     rows = [row for row in gpu_kernels.read() if (row.op, row.direction, row.dtype) == (op, "forward", "bf16")]
     if rows[0].compiler != f"Triton {triton.__version__}":
         pytest.skip(f"the table is of {rows[0].compiler}, installed is {triton.__version__}")
     found = table.rows_of_problem(table.family_of(rows[0]), op, "forward", "bf16", rows[0].moved, ["sm_80"])
-    assert list(found) == [row for row in rows if row.target == "sm_80"]
+    listed = {row.kernel: row for row in rows if row.target == "sm_80"}
+    assert {row.kernel: row for row in found} == listed, "the table is stale: python -m tests.emulation.table"
 
 
 def test_kernels_command_prints_the_table():
