@@ -1,9 +1,11 @@
 """Whole networks for inference: ``elastic.deploy`` at a width against the same network in PyTorch.
 
 Peers: ``plain`` the extracted network, channels-last; ``slice`` the usual slicing code around the full weights; ``compile``
-the extracted network by torch.compile, frozen; ``float32`` (rows of bfloat16) our own float32.
+the extracted network by torch.compile, frozen; ``modelopt`` (where nvidia-modelopt is installed, networks without groups) its
+dynamic layers set to the width; ``float32`` (rows of bfloat16) our own float32.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -52,6 +54,30 @@ def sliced_network(full: nn.Module, plain: nn.Module) -> nn.Module:
     return full
 
 
+def modelopt_network(full: nn.Module, plain: nn.Module) -> nn.Module | None:
+    """``full`` with nvidia-modelopt's dynamic layers at the sizes of ``plain``; None where that is not installed."""
+    grouped = any(isinstance(m, nn.modules.conv._ConvNd) and m.groups > 1 for m in plain.modules())
+    if grouped or importlib.util.find_spec("modelopt") is None:
+        return None
+    from modelopt.torch.nas.registry import DMRegistry
+
+    narrow = dict(plain.named_modules())
+    sizes = {
+        nn.Conv2d: ("in_channels", "out_channels"),
+        nn.BatchNorm2d: ("num_features",),
+        nn.Linear: ("in_features", "out_features"),
+    }
+    for name, module in list(full.named_modules()):
+        if type(module) not in sizes:
+            continue
+        dynamic = DMRegistry.convert(module)
+        for size in sizes[type(narrow[name])]:
+            value = getattr(narrow[name], size)
+            if getattr(dynamic, size) != value:
+                setattr(dynamic, size, value)
+    return full
+
+
 class Streamed(nn.Module):
     """``stream`` of a network, for a harness that gives tensors one by one."""
 
@@ -84,7 +110,11 @@ def build(
         modules = (Streamed(ours, ours), Streamed(plain), Streamed(sliced))
         return Problem(*modules, inputs, peers={"compile": Frozen(Streamed(plain))}, oracle=Streamed(oracle))
     if dtype == torch.float32:
-        return Problem(ours, plain, sliced, (x,), peers={"compile": Frozen(plain)}, oracle=oracle)
+        peers: dict[str, nn.Module] = {"compile": Frozen(plain)}
+        dynamic = modelopt_network(elastic.extract(model, 1.0).eval(), oracle)
+        if dynamic is not None:
+            peers["modelopt"] = dynamic.to(memory_format=torch.channels_last) if x.dim() == 4 else dynamic
+        return Problem(ours, plain, sliced, (x,), peers=peers, oracle=oracle)
     own = elastic.deploy(model, widths=[width])
     return Problem(ours, plain, None, (x.to(dtype),), peers={"float32": own}, oracle=oracle)
 

@@ -122,7 +122,12 @@ def target(row: Row, position: int) -> float | None:
 
 def table(rows: list[Row]) -> list[str]:
     peers = ["plain", "slice", "compile", "float32"]
-    lines = ["| network | input | dtype | width | ours, ms | " + " | ".join(peers) + " | |", "|---" * 10 + "|"]
+    if any(row["provider"] == "modelopt" for row in rows):
+        peers.append("modelopt")
+    lines = [
+        "| network | input | dtype | width | ours, ms | " + " | ".join(peers) + " | |",
+        "|---" * (6 + len(peers)) + "|",
+    ]
     for (net, shape, dtype), part in workloads(rows).items():
         widths = list(dict.fromkeys(row["width"] for row in part))
         for width in widths:
