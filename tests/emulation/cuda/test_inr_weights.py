@@ -236,8 +236,8 @@ def test_inr_weights_planted_bugs_are_found(name):
 
     def broken():
         for schedule in SCHEDULES:
-            check(Kernels(inr.STEMS_OF[0], schedule, BUGS[name]), 33, 2, 0)
-            check_backward(Kernels(inr.STEMS_OF[0], schedule, BUGS[name]), 33, 2, 0)
+            check(Kernels(inr.STEMS_OF[0], schedule, BUGS[name]), 64, 2, 0)
+            check_backward(Kernels(inr.STEMS_OF[0], schedule, BUGS[name]), 64, 2, 0)
             check_segments(Kernels(inr.STEMS_OF[0], schedule, BUGS[name]))
 
     with pytest.raises((AssertionError, EmulationError)):
