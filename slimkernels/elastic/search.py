@@ -163,17 +163,17 @@ class _Log:
         self.path = None if path is None else Path(path)
         self.kept: dict[str, dict[str, Any]] = {}
         if self.path is not None and self.path.exists():
-            *lines, last = self.path.read_text(encoding="utf-8").split("\n")
-            if last:  # an interruption while it was written
-                self.path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
             try:
+                *lines, last = self.path.read_bytes().split(b"\n")
                 found = [json.loads(line) for line in lines]
                 self.kept = {self._key(entry["width"], entry["depth"]): entry for entry in found}
                 wanted = {"params", "macs", "score"}
-                if not all(wanted <= entry.keys() for entry in found):
+                if not all(wanted <= entry.keys() for entry in found) or (last and not last.startswith(b"{")):
                     raise KeyError
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"search: expected log to be the log of a search, got {self.path}") from None
+            if last:  # an interruption while it was written; only a file known to be a log is changed
+                os.truncate(self.path, sum(len(line) + 1 for line in lines))
 
     @staticmethod
     def _key(width: Width, depth: Depth) -> str:

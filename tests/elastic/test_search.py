@@ -239,3 +239,14 @@ def test_network_with_depth_under_a_latency(tmp_path):
     with pytest.raises(ValueError, match="expected max_params of at least"):
         elastic.extract(model, max_params=10)
     assert sum(p.numel() for p in elastic.extract(model, max_params=4500).parameters()) <= 4500
+
+
+@pytest.mark.parametrize(
+    "content", [b"Notes.\nNo line of these is a score", b"only one line", b"\xff\xfe\n", b"{}\n", b"[]\n"]
+)
+def test_a_file_that_is_no_log_is_refused_and_left_as_it_is(model, tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected log to be the log of a search, got .*notes\.txt"):
+        elastic.search(model, lambda m: 1.0, max_params=1e9, log=path)
+    assert path.read_bytes() == content
