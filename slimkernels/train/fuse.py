@@ -66,14 +66,6 @@ def run_conv_norm(conv: Any, norm: Any, x: Tensor, residual: Any, activation: st
     return run_norm(norm, conv(x), residual, activation) if y is None else y
 
 
-def _run(norm: Any, x: Tensor, residual: Any, activation: str) -> Tensor:
-    return run_norm(norm, x, residual, activation)
-
-
-def _run_with_conv(conv: Any, norm: Any, x: Tensor, residual: Any, activation: str) -> Tensor:
-    return run_conv_norm(conv, norm, x, residual, activation)
-
-
 class Untraceable(Exception):
     """The forward does something that a trace would not repeat."""
 
@@ -250,9 +242,9 @@ def _fuse(graph: fx.Graph, model: nn.Module, norms: dict[str, Any]) -> set[str]:
         # The modules themselves: finding them by name in every pass costs more than calling them. A trace fits as long as
         # they are the model's.
         if conv is None:
-            run, x = partial(_run, norm), node.args[0]
+            run, x = partial(run_norm, norm), node.args[0]
         else:
-            run, x = partial(_run_with_conv, model.get_submodule(str(conv.target)), norm), conv.args[0]
+            run, x = partial(run_conv_norm, model.get_submodule(str(conv.target)), norm), conv.args[0]
         run.__name__ = "norm" if conv is None else "conv_norm"  # type: ignore[attr-defined]
         with graph.inserting_before(last):
             new = graph.call_function(run, (x, residual, activation))

@@ -228,14 +228,14 @@ def test_linear_layers_add_to_their_slots(blocks, amp):
 def test_every_norm_of_a_residual_network_is_fused():
     model = network("universal")
     called = []
-    original = fuse.run_conv_norm
+    original = fuse.conv_norm
 
     def counted(conv, norm, x, residual, activation):
         called.append((residual is not None, activation))
         return original(conv, norm, x, residual, activation)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse, "run_conv_norm", counted)
+        patch.setattr(fuse, "conv_norm", counted)
         accumulate_passes(model, data(), F.cross_entropy, [1.0])
     # Shortcuts: nothing after them; stem and first norms: relu; second norms: sum and relu.
     assert sorted(called) == [(False, "none")] * 2 + [(False, "relu")] * 4 + [(True, "relu")] * 3
