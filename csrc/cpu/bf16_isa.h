@@ -1,5 +1,5 @@
 // Compiles one "-inl.h" file for CPUs with products and conversions of bfloat16 (AVX512-BF16), in slimkernels::avx512_bf16.
-// To be used like foreach_isa.h, after it.
+// To be used like foreach_isa.h, after it or alone.
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")

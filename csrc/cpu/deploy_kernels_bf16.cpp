@@ -12,20 +12,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prefer-vector-width=512")
-#define SK_AVX512 1
-#define SK_BF16 1
-namespace slimkernels::avx512_bf16 {
-#define SK_LANES 16
-#include "simd-inl.h"
-#include "deploy-inl.h"
-#undef SK_LANES
-}  // namespace slimkernels::avx512_bf16
-#undef SK_AVX512
-#pragma GCC pop_options
 #endif
+
+#define SK_INL "deploy-inl.h"
+#include "bf16_isa.h"
 
 namespace slimkernels::deploy {
 
