@@ -39,3 +39,13 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
                 noise = 0.2 * torch.randn(tensor.shape)
                 tensor.add_(noise.abs() if key.endswith("running_var") else noise)
     return net, torch.randn(shape)
+
+
+def perturbed(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[nn.Module, torch.Tensor]:
+    """A network with noise on every parameter, in eval mode, and an example input."""
+    torch.manual_seed(0)
+    net = make().eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return net, torch.randn(shape)

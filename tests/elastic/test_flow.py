@@ -8,6 +8,7 @@ from torch import nn
 
 from slimkernels import elastic
 from slimkernels.elastic.slices import masked
+from tests.elastic.nets import perturbed
 from tests.helpers import error
 
 STEPS, IMAGE, ROWS = (3, 6, 5), (2, 3, 8, 8), (4, 6)
@@ -269,13 +270,8 @@ NETS = {
 
 
 def build(name):
-    torch.manual_seed(0)
     make, shape, groups = NETS[name]
-    net = make().eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return net, torch.randn(shape), groups
+    return *perturbed(make, shape), groups
 
 
 @pytest.mark.parametrize("name", NETS)

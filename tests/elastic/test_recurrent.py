@@ -14,6 +14,7 @@ from slimkernels.elastic.slices import masked
 from slimkernels.models.bsrnn import BSRNN
 from slimkernels.models.nsnet2 import NSNet2
 from slimkernels.nn import SlimGRU, SlimLSTM
+from tests.elastic.nets import perturbed
 from tests.helpers import error
 
 
@@ -134,13 +135,8 @@ NETS = {
 
 
 def build(name: str):
-    torch.manual_seed(0)
     make, shape, groups = NETS[name]
-    net = make().eval()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return net, torch.randn(shape), groups
+    return *perturbed(make, shape), groups
 
 
 @pytest.mark.parametrize("name", NETS)
