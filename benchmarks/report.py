@@ -124,6 +124,7 @@ def plot(op: str) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = op
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     rows = [row for path in files() for row in benchmark_rows(path) if row["op"] == op and row["ratio"]]
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
@@ -133,13 +134,19 @@ def plot(op: str) -> None:
             for dtype, marker in (("float32", "o"), ("bfloat16", "^"), ("float16", "s")):
                 part = [r for r in rows if (r["mode"], r["provider"], r["dtype"]) == (mode, peer, dtype)]
                 if part:
-                    x, y = [float(r["p50_us"]) for r in part], [float(r["ratio"]) for r in part]
+                    x, y = [float(r["p50_us"]) / 1e3 for r in part], [float(r["ratio"]) for r in part]
                     color = f"C{peers(rows).index(peer)}"
                     ax.scatter(x, y, s=14, marker=marker, color=color, alpha=0.7, label=f"{peer} {dtype}")
         ax.axhline(1, color="black", linewidth=0.8)
-        ax.set(xscale="log", yscale="log", title=f"{op}: {mode}", xlabel="time of the peer (us)")
+        ax.set(xscale="log", yscale="log", title=f"{op}: {mode}", xlabel="time of the peer (ms)")
+    for ax in axes[0]:
+        for axis, (low, high) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+            axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
     axes[0][0].set_ylabel("peer's time / slimkernels' time")
-    axes[0][-1].legend(fontsize=6)
+    entries = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[0][-1].legend(entries.values(), entries.keys(), fontsize=6)
     figure.tight_layout()
     figure.savefig(RESULTS / f"{op}.svg", metadata={"Date": None, "Description": f"rows {digest(op)}"})
     plt.close(figure)

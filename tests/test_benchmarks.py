@@ -169,3 +169,10 @@ def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path):
             assert {row["ms"] for row in csv.DictReader(file)} == {"dry"}, f"{name}.csv holds a time"
     report = (tmp_path / "report.md").read_text()
     assert "nothing was timed" in report
+
+
+def test_roofline_is_in_gflops_and_its_line_in_what_the_machine_reached():
+    product = {"net": deploy_page.CEILING, "operation": "product of matrices", "dtype": "float32"}
+    copied = {"net": deploy_page.CEILING, "operation": "copy", "dtype": "float32", "us": "1000", "kbytes": "28000"}
+    rows = [product | {"mflops": "2000", "us": "10000"}, copied]  # 2e9 operations in 10 ms; 28 MB in 1 ms
+    assert deploy_page.roof(rows, "float32") == (200.0, 28.0)
