@@ -2,7 +2,8 @@
 
 Peers: ``plain`` the extracted network, channels-last; ``slice`` the usual slicing code around the full weights; ``compile``
 the extracted network by torch.compile, frozen; ``modelopt`` (where nvidia-modelopt is installed, networks without groups) its
-dynamic layers set to the width; ``float32`` (rows of bfloat16) our own float32.
+dynamic layers set to the width; ``onednn`` (the FFN) the extracted network with oneDNN's packed linear layers; ``float32``
+(rows of bfloat16) our own float32.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Case, Frozen, Problem
+from benchmarks.onednn import packed
 from slimkernels import elastic, models
 from slimkernels.models.vit import Mlp
 
@@ -114,6 +116,8 @@ def build(
         dynamic = modelopt_network(elastic.extract(model, 1.0).eval(), oracle)
         if dynamic is not None:
             peers["modelopt"] = dynamic.to(memory_format=torch.channels_last) if x.dim() == 4 else dynamic
+        if x.dim() == 3:  # a network of linear layers
+            peers["onednn"] = packed(elastic.extract(model, width).eval())
         return Problem(ours, plain, sliced, (x,), peers=peers, oracle=oracle)
     own = elastic.deploy(model, widths=[width])
     return Problem(ours, plain, None, (x.to(dtype),), peers={"float32": own}, oracle=oracle)

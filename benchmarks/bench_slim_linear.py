@@ -1,4 +1,5 @@
-"""``SlimLinear`` at a width against nn.Linear of that size and F.linear on a sliced weight."""
+"""``SlimLinear`` at a width against nn.Linear of that size and F.linear on a sliced weight; in inference also against
+``onednn``, a layer of that size on oneDNN with its weight packed ahead."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Case, Problem
+from benchmarks.onednn import packed
 from benchmarks.shapes import Shape, reduced, shapes
 from slimkernels.nn import SlimLinear
 
@@ -47,7 +49,8 @@ def build(shape: Shape, batch: int, dtype: torch.dtype) -> Problem:
         plain.weight.copy_(ours.weight[: shape.c_out, : shape.c_in])
         plain.bias.copy_(ours.bias[: shape.c_out])
     x = torch.randn(batch, shape.c_in, dtype=dtype, requires_grad=True)
-    return Problem(ours.to(dtype), plain.to(dtype), sliced.to(dtype), (x,))
+    plain = plain.to(dtype)
+    return Problem(ours.to(dtype), plain, sliced.to(dtype), (x,), inference_peers={"onednn": packed(plain)})
 
 
 def cases(quick: bool) -> Iterator[Case]:

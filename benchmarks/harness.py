@@ -40,6 +40,7 @@ class Problem:
     )
     peers: dict[str, nn.Module] = field(default_factory=dict)  # further providers
     oracle: nn.Module | None = None  # float64; None: a copy of ``plain``
+    inference_peers: dict[str, nn.Module] = field(default_factory=dict)  # further providers of the mode "forward"
 
 
 @dataclass
@@ -96,7 +97,8 @@ def outputs(value: object) -> list[Tensor]:
 
 
 def providers(problem: Problem, with_compile: bool) -> dict[str, Provider]:
-    modules = {"slimkernels": problem.ours, "plain": problem.plain, "slice": problem.sliced, **problem.peers}
+    further = problem.peers | problem.inference_peers
+    modules = {"slimkernels": problem.ours, "plain": problem.plain, "slice": problem.sliced, **further}
     found = {name: Provider(m, m, m, problem.inputs) for name, m in modules.items() if m is not None}
     if with_compile and problem.sliced is not None:
         torch._dynamo.reset()
@@ -243,8 +245,9 @@ def measure(case: Case, budget_s: float) -> Iterable[dict[str, object]]:
     """The CSV rows of one case: one a mode and provider. A provider whose gate is red gets no times."""
     torch.manual_seed(0)
     problem = case.build()
-    candidates = providers(problem, case.compile)
+    every = providers(problem, case.compile)
     for mode in case.modes:
+        candidates = {n: p for n, p in every.items() if mode == "forward" or n not in problem.inference_peers}
         verdict = gate(problem, candidates, mode)
         with torch.inference_mode(mode == "forward"):
             calls = {name: caller(p, mode) for name, p in candidates.items() if not verdict[name]}

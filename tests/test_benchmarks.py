@@ -171,8 +171,14 @@ def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path):
     assert "nothing was timed" in report
 
 
-def test_roofline_is_in_gflops_and_its_line_in_what_the_machine_reached():
-    product = {"net": deploy_page.CEILING, "operation": "product of matrices", "dtype": "float32"}
-    copied = {"net": deploy_page.CEILING, "operation": "copy", "dtype": "float32", "us": "1000", "kbytes": "28000"}
-    rows = [product | {"mflops": "2000", "us": "10000"}, copied]  # 2e9 operations in 10 ms; 28 MB in 1 ms
+def test_roofline_is_in_gflops_and_its_line_the_best_that_the_machine_reached():
+    ceiling = {"net": deploy_page.CEILING, "dtype": "float32", "us": "10000"}
+    product = ceiling | {"operation": deploy_page.PRODUCT}
+    rows = [
+        product | {"runs_on": "F.linear", "mflops": "1000"},
+        product | {"runs_on": "oneDNN", "mflops": "2000"},  # 2e9 operations in 10 ms
+        product | {"runs_on": "oneDNN", "mflops": "9000", "dtype": "bfloat16"},
+        ceiling | {"operation": deploy_page.COPY, "kbytes": "280000"},  # 280 MB in 10 ms
+    ]
     assert deploy_page.roof(rows, "float32") == (200.0, 28.0)
+    assert deploy_page.roof(rows, "bfloat16") == (900.0, 28.0)
