@@ -56,8 +56,9 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
         " Geometric mean over the layer shapes of the op (lowest to highest; how many are slower, below 0.995)."
         " `plain` is the PyTorch module built at that width, `slice` the usual slicing code, `compile` torch.compile of"
         " the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
-        f" net only. `load` is that of the machine as the run began: above 1, other work took"
-        f" part of the time, and single ratios mean little. Every row: [{path.name}](benchmarks/results/{path.name}).",
+        " net only; `onednn` a linear layer of that size on oneDNN, its weight packed ahead. `load` is that of the machine"
+        " as the run began: above 1, other work took part of the time, and single ratios mean little."
+        f" Every row: [{path.name}](benchmarks/results/{path.name}).",
         "",
         f"| op | dtype | mode | {' | '.join(names)} | run |",
         f"|---|---|---|{'---|' * len(names)}---|",
