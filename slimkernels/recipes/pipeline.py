@@ -95,7 +95,7 @@ def run(
         after = accuracies(model, test, widths)
     console.print(f"after {recipe.steps} steps: {_line(after)}", highlight=False)
 
-    with console.status("latency: slimkernels, slicing code and plain networks in turns, one thread"):
+    with console.status("latency: deployed and elastic, slicing code and plain networks in turns, one thread"):
         networks, inputs = contestants(recipe, model, widths)
         timings = latency.interleaved(networks, inputs, latency_seconds)
     rows = results.rows(recipe, model, widths, before, after, timings, seed=seed, command=command)
@@ -171,9 +171,10 @@ def calibration_batches(data: Split, images: int, seed: int, size: int = 250) ->
 def contestants(
     recipe: Recipe, model: nn.Module, widths: Sequence[float]
 ) -> tuple[dict[float, dict[str, nn.Module]], dict[int, Tensor]]:
-    """width -> the elastic model at it, slicing code, a plain network built at it; all three checked to compute the same.
+    """width -> the elastic model deployed at it, the model itself, slicing code, a plain network built at it; all four checked
+    to compute the same.
 
-    All of them run channels-last, the faster layout for each of the three on a CPU.
+    All of them run channels-last, the faster layout for each of them on a CPU.
     """
     images = {n: prepared(recipe.data.test_x[:n]) for n in recipe.latency_batches}
     inputs = {n: x.contiguous(memory_format=torch.channels_last) for n, x in images.items()}
@@ -185,7 +186,8 @@ def contestants(
         plain = recipe.plain(extracted).eval()
         load_into(plain, extracted.state_dict(), f"the sub-network at width {w:g}")
         view = elastic.view(model, w).eval()
-        networks[w] = {"slimkernels": view, "slicing": latency.slicing_network(full, extracted), "plain": plain}
+        networks[w] = {"deployed": elastic.deploy(model, widths=[w]), "slimkernels": view}
+        networks[w] |= {"slicing": latency.slicing_network(full, extracted), "plain": plain}
         for network in (networks[w]["slicing"], plain):
             channels_last(network)
         latency.check_same(networks[w], next(iter(inputs.values())))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slimkernels.recipes.pipeline import Recipe
 
 Row = dict[str, Any]
-SHORT = {"slimkernels": "ours", "slicing": "slicing", "plain": "plain"}
+SHORT = {"deployed": "depl.", "slimkernels": "ours", "slicing": "slice", "plain": "plain"}
 
 
 def rows(
@@ -91,11 +91,12 @@ def table(rows: Sequence[Row], recipe: "Recipe") -> Table:
     batches = list(recipe.latency_batches)
     heads = ["width", "params", "MACs", "before", "after"]
     for batch in batches:
-        heads += [f"batch\n{SHORT[PROVIDERS[0]]}", f"{batch}\n{SHORT[PROVIDERS[1]]}", f"\n{SHORT[PROVIDERS[2]]}"]
+        above = ["batch", str(batch), "", ""]
+        heads += [f"{line}\n{SHORT[provider]}" for line, provider in zip(above, PROVIDERS, strict=True)]
     for head in heads:
         drawn.add_column(head if "\n" in head else f"\n{head}", justify="right", no_wrap=True)
     for row in rows:
-        cells = [row["width"], f"{row['parameters']:,}", f"{row['macs'] / 1e6:.2f}M"]
+        cells = [row["width"], f"{row['parameters']:,}", f"{_short(row['macs'] / 1e6)}M"]
         cells += [_percent(row["accuracy_before"]), f"[bold]{_percent(row['accuracy_after'])}[/bold]"]
         cells += [_short(row[f"{provider}_batch{batch}_p50_ms"]) for batch in batches for provider in PROVIDERS]
         drawn.add_row(*cells)
@@ -106,9 +107,17 @@ def _percent(fraction: str) -> str:
     return f"{100 * float(fraction):.1f}"
 
 
-def _short(milliseconds: str) -> str:
-    value = float(milliseconds)
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def _short(number: str | float) -> str:
+    value = float(number)
+    return (
+        f"{value:.3f}"
+        if value < 1
+        else f"{value:.2f}"
+        if value < 10
+        else f"{value:.1f}"
+        if value < 100
+        else f"{value:.0f}"
+    )
 
 
 def plot(rows: Sequence[Row], path: Path, recipe: "Recipe") -> None:
@@ -129,7 +138,7 @@ def plot(rows: Sequence[Row], path: Path, recipe: "Recipe") -> None:
     FigureCanvasAgg(figure)
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         accuracy = [float(row["accuracy_after"]) for row in rows]
-        for provider, marker in zip(PROVIDERS, "osD", strict=True):
+        for provider, marker in zip(PROVIDERS, "^osD", strict=True):
             times = [float(row[f"{provider}_batch{batch}_p50_ms"]) for row in rows]
             axes.plot(times, accuracy, marker=marker, label=provider, linewidth=1.5, markersize=5)
         ours = [float(row[f"{PROVIDERS[0]}_batch{batch}_p50_ms"]) for row in rows]

@@ -192,7 +192,7 @@ def test_table_fits_a_terminal():
     row = {
         "width": "0.125",
         "parameters": 390_410,
-        "macs": 7_748_608,
+        "macs": 40_813_184,
         "accuracy_before": "0.9970",
         "accuracy_after": "1.0000",
     }
