@@ -154,8 +154,9 @@ def layers() -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def rows_of_networks() -> list[Row]:
-    return [row for path in files() for row in benchmark_rows(path) if row["op"] == "deploy"]
+def rows_of_networks(one_thread: bool = True) -> list[Row]:
+    rows = (row for path in files() for row in benchmark_rows(path) if row["op"] == "deploy")
+    return [row for row in rows if (row["threads"] == "1") == one_thread]
 
 
 def workloads(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -201,11 +202,26 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def on_threads(rows: list[Row]) -> list[str]:
+    """The section of the same on several threads."""
+    first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return [
+        f"## On {first['threads']} threads",
+        "",
+        f"`python -m benchmarks.run deploy --quick --threads {first['threads']}` of {first['date']}, commits {commits}, load"
+        f" {first['load']} as it began. Wall-clock time, so other work on the machine falls on whoever runs at that moment.",
+        "",
+        *table(rows),
+        "",
+    ]
+
+
 def page() -> str:
     rows, measured = rows_of_networks(), layers()
     lines = ["# Deployed networks", ""]
     if rows:
         first, commits = rows[0], ", ".join(dict.fromkeys(row["commit"] for row in rows))
+        several = rows_of_networks(one_thread=False)
         lines += [
             f"Written by `python -m benchmarks.deploy_page` from the rows of `python -m benchmarks.run deploy`: {first['run']}"
             f" run of {first['date']}, commits {commits}, {first['machine']}, {first['isa']},"
@@ -220,6 +236,7 @@ def page() -> str:
             "",
             *table(rows),
             "",
+            *(on_threads(several) if several else []),
             "## Time over width",
             "",
             f"![time over width](results/{PLOTS['width'].name})",

@@ -29,6 +29,11 @@ def benchmark_rows(path: Path) -> list[Row]:
     return [row for row in read(path) if "ratio" in row and "provider" in row]
 
 
+def one_thread_rows() -> list[Row]:
+    """Of all machines: what the plots show."""
+    return [row for path in files() for row in benchmark_rows(path) if row["threads"] == "1"]
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
@@ -81,7 +86,7 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
         lines += [
             f"- `{r['op']}` {r['provider']} {r['net']} {r['shape']} {r['dtype']} {r['mode']}: {r['gate']}" for r in red
         ]
-    return [*lines, "", *slowest(rows), *plots(rows)]
+    return [*lines, "", *slowest(rows), *(plots(rows) if rows[0]["threads"] == "1" else [])]
 
 
 def slowest(rows: list[Row]) -> list[str]:
@@ -114,7 +119,7 @@ def table() -> str:
 
 
 def digest(op: str) -> str:
-    rows = [row for path in files() for row in benchmark_rows(path) if row["op"] == op]
+    rows = [row for row in one_thread_rows() if row["op"] == op]
     return hashlib.sha256(repr([sorted(row.items()) for row in rows]).encode()).hexdigest()[:16]
 
 
@@ -127,7 +132,7 @@ def plot(op: str) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    rows = [row for path in files() for row in benchmark_rows(path) if row["op"] == op and row["ratio"]]
+    rows = [row for row in one_thread_rows() if row["op"] == op and row["ratio"]]
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in rows)]
     figure, axes = plt.subplots(1, len(modes), figsize=(4 * len(modes), 3.4), sharey=True, squeeze=False)
     for ax, mode in zip(axes[0], modes, strict=True):
@@ -154,7 +159,7 @@ def plot(op: str) -> None:
 
 
 def all_ops() -> list[str]:
-    return sorted({row["op"] for path in files() for row in benchmark_rows(path)})
+    return sorted({row["op"] for row in one_thread_rows()})
 
 
 def new_readme() -> str:

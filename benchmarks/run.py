@@ -1,4 +1,5 @@
-"""``python -m benchmarks.run [op] [--quick]``: runs bench files, replaces their rows in ``results/<machine>.csv``.
+"""``python -m benchmarks.run [op] [--quick] [--threads N]``: runs bench files, replaces their rows in
+``results/<machine>.csv`` (of several threads: ``results/<machine>-<N>-threads.csv``).
 
 Afterwards ``python -m benchmarks.report`` brings the README's table and the plots up to date.
 """
@@ -49,8 +50,9 @@ def isa() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def results_file() -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine()} {isa()}".lower()).strip("-")
+def results_file(threads: int = 1) -> Path:
+    several = f" {threads} threads" if threads > 1 else ""
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine()} {isa()}{several}".lower()).strip("-")
     return RESULTS / f"{slug}.csv"
 
 
@@ -121,7 +123,7 @@ def run_op(op: str, quick: bool, threads: int, only: str | None = None) -> int:
         last = [row for row in rows if row["shape"] == case.shape and row["net"] == case.net]
         ratios = " ".join(f"{row['mode'][:2]}/{row['provider']}={row.get('ratio', '-')}" for row in last[-12:])
         print(f"{op} {i}/{len(cases)} {case.net} w={case.width} {case.shape} {case.dtype}: {ratios}", flush=True)
-    path = results_file()
+    path = results_file(threads)
     measured = {name(row) for row in rows}
     kept = [row for row in read(path) if row["op"] != op or (only is not None and name(row) not in measured)]
     write(path, sorted(kept + rows, key=lambda row: row["op"]))
@@ -140,7 +142,7 @@ def main(
     harness.one_thread_environment(threads)
     kind, red = "quick" if quick else "full", 0
     done = (
-        {row["op"] for row in read(results_file()) if (row["commit"], row["run"]) == (commit(), kind)}
+        {row["op"] for row in read(results_file(threads)) if (row["commit"], row["run"]) == (commit(), kind)}
         if resume
         else set()
     )

@@ -108,6 +108,13 @@ def test_a_run_replaces_the_rows_of_its_op(tmp_path, monkeypatch):
     assert [row["op"] for row in rows] == ["one"] * 3 + ["two"] * 3
     assert list(rows[0]) == run.COLUMNS
     assert re.fullmatch(r"[a-z0-9-]+\.csv", run.results_file().name)
+    assert run.run_op("one", True, 2) == 0
+    assert {row["threads"] for row in run.read(run.results_file(2))} == {"2"}
+    assert {row["threads"] for row in run.read(run.results_file())} == {"1"}  # the table and plots of one thread stay
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.all_ops() == ["one", "two"]
+    assert {row["threads"] for row in report.one_thread_rows()} == {"1"}
+    assert "2 thread(s)" in report.table()
 
 
 def test_a_run_of_some_cases_replaces_their_rows_only(tmp_path, monkeypatch):
