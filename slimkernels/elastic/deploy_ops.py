@@ -93,7 +93,7 @@ def _of_module(node: fx.Node, module: Any) -> Op | None:
         return Op("conv", node, [x], rank, rank, module=name) if _owns(module) else None
     if isinstance(module, nn.Linear):
         return Op("linear", node, [x], ROWS, ROWS, module=name) if _owns(module) else None
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
         rank2 = IMAGE if isinstance(module, nn.BatchNorm2d) else None
         return Op("affine", node, [x], rank2, rank2, module=name) if module.running_mean is not None else None
     if kind is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:

@@ -51,6 +51,7 @@ def kinds() -> tuple[LayerKind, ...]:
         found.append(LayerKind(norm, {"ch": "num_features"}, _CHANNELS | _STATISTICS, f"SlimBatchNorm{d}d"))
         instance = getattr(nn, f"InstanceNorm{d}d")
         found.append(LayerKind(instance, {"ch": "num_features"}, _CHANNELS, f"SlimInstanceNorm{d}d"))
+    found.append(LayerKind(nn.SyncBatchNorm, {"ch": "num_features"}, _CHANNELS | _STATISTICS, "SlimSyncBatchNorm"))
     found.append(LayerKind(nn.LayerNorm, {"ch": "normalized_shape"}, _CHANNELS, "SlimLayerNorm"))
     found.append(LayerKind(nn.RMSNorm, {"ch": "normalized_shape"}, {"weight": {0: "ch"}}, "SlimRMSNorm"))
     found.append(LayerKind(nn.GroupNorm, {"ch": "num_channels"}, _CHANNELS, "SlimGroupNorm"))
@@ -73,8 +74,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     for kind in kinds():
         if isinstance(module, kind.torch_class):
             return kind
-        # The slimmable recurrent layers extend torch's base class only.
-        if isinstance(module, RECURRENT) and isinstance(module, slim_class(kind) or ()):
+        # These extend torch's base class only.
+        if isinstance(module, (*RECURRENT, slim.SlimSyncBatchNorm)) and isinstance(module, slim_class(kind) or ()):
             return kind
     return None
 

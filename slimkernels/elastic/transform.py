@@ -10,6 +10,7 @@ from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, reason_not
 from slimkernels.elastic.parameters import slice_parameters
 from slimkernels.elastic.plan import Dim, WidthGroup
 from slimkernels.elastic.slices import parameter_side
+from slimkernels.nn.batch_norm import SlimBatchNorm
 
 
 def transform(model: nn.Module, dims: Mapping[tuple[str, str], Dim], ignored: Collection[str] = ()) -> None:
@@ -104,7 +105,4 @@ def set_norm_mode(
 
 def batch_norms(model: nn.Module) -> dict[str, Any]:
     """The slimmable batch norms by name."""
-    from slimkernels.nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimBatchNorm3d
-
-    kinds = (SlimBatchNorm1d, SlimBatchNorm2d, SlimBatchNorm3d)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SlimBatchNorm)}

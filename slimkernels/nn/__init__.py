@@ -20,6 +20,7 @@ from slimkernels.nn.norm import (
     SlimRMSNorm,
 )
 from slimkernels.nn.recurrent import SlimGRU, SlimGRUCell, SlimLSTM, SlimLSTMCell
+from slimkernels.nn.sync_batch_norm import SlimSyncBatchNorm
 
 __all__ = [
     "SlimBatchNorm1d",
@@ -43,4 +44,5 @@ __all__ = [
     "SlimLayerNorm",
     "SlimLinear",
     "SlimRMSNorm",
+    "SlimSyncBatchNorm",
 ]

@@ -26,6 +26,7 @@ def is_plain(conv: Any, norm: Any) -> bool:
         isinstance(conv, (SlimConv1d, SlimConv2d, SlimConv3d))
         and type(conv).forward is SlimConv2d.forward
         and type(norm).forward is SlimBatchNorm.forward
+        and type(norm)._run is SlimBatchNorm._run
         and not {"forward", "_run"} & (conv.__dict__.keys() | norm.__dict__.keys())
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from slimkernels.ops._recipes import recomputed_outputs
-from slimkernels.ops._slots import Slot, flush, gradient_slots
+from slimkernels.ops._slots import flush, gradient_slots
 from slimkernels.train._common import (
     autocast,
     call,
@@ -22,6 +22,7 @@ from slimkernels.train._common import (
 )
 from slimkernels.train.distill import Distillation, distillation
 from slimkernels.train.fuse import fused_forward
+from slimkernels.train.unreached import all_reached
 from slimkernels.train.widths import WidthSampler, check_widths
 
 LossFn = Callable[[Any, Any], Tensor]  # (output, targets) -> scalar
@@ -53,12 +54,14 @@ def sandwich_step(
     the others (in-place distillation). With `random` and `alternate`, or ``distill=None``, every width learns from the
     targets. The model's width is the same after the step as before, also when the step raises.
 
-    Under DistributedDataParallel the gradients are reduced once, in the last pass. Parameters that this pass does not
-    use (the affine parameters of other widths in a switchable batch norm, skipped blocks) need
-    ``find_unused_parameters=True``, as in any DistributedDataParallel model.
+    Under DistributedDataParallel the gradients are reduced once, in the last pass, those of parameters included that
+    only other passes use (the affine parameters of other widths in a switchable batch norm, skipped blocks). Parameters
+    that no pass uses need ``find_unused_parameters=True``, as in any DistributedDataParallel model. Under FSDP2
+    (``fully_shard``) every pass reduces its own gradients, which are of full size.
 
     Args:
-        model: what ``elastic.convert`` gave, as it is, compiled or in DistributedDataParallel.
+        model: what ``elastic.convert`` gave, as it is, compiled, in DistributedDataParallel or sharded by
+            ``fully_shard``.
         batch: (inputs, targets); inputs are a tensor, a tuple of arguments or a dict of keyword arguments.
         loss_fn: (output, targets) -> scalar.
         optimizer: None leaves zeroing the gradients, clipping and stepping to the caller: the gradients are added to
@@ -150,6 +153,8 @@ def accumulate_passes(
             for slot in slots if last else ():
                 slot.last = True
             reduction = nullcontext() if last and reduce else without_reduction(model)
+            if last and reduce and slots and isinstance(model, DistributedDataParallel):
+                reduction = all_reached(inner, slots)
             with elastic.width(inner, *as_pair(w)), nullcontext() if compiled else fused_forward(inner), reduction:
                 with autocast(inner, amp):
                     output = call(model, inputs)
@@ -166,38 +171,10 @@ def accumulate_passes(
                 if scale != 1:
                     loss = loss * scale
                 loss = loss if scaler is None else scaler.scale(loss)
-                if last and reduce and isinstance(model, DistributedDataParallel):
-                    _hand_over_unreached(slots, loss)
                 loss.backward()
             del loss  # with it the graph: nothing of this pass is alive when the next one begins
         flush(slots)
     return losses
-
-
-def _hand_over_unreached(slots: Sequence[Slot], loss: Tensor) -> None:
-    """Sums of parameters that the backward of ``loss`` does not reach (another width's, a skipped block's) become
-    gradients now: that backward reduces them with all others."""
-    reached = _leaves(loss)
-    for slot in slots:
-        total = None if id(slot.parameter) in reached else slot.take()
-        if total is not None:
-            parameter = slot.parameter
-            parameter.grad = total if parameter.grad is None else parameter.grad + total
-
-
-def _leaves(loss: Tensor) -> set[int]:
-    """Ids of the tensors that the backward of ``loss`` gives gradients to."""
-    found, seen, waiting = set(), set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        waiting += [child for child, _ in node.next_functions]
-    return found
 
 
 def as_pair(subnet: Any) -> tuple:

@@ -38,10 +38,16 @@ def in_process_group(rank, port, directory):
 
             ddp = DistributedDataParallel(model, find_unused_parameters=name != "shared")
             ddp.register_comm_hook(None, hook)
-            accumulate_passes(ddp, half(rank), F.cross_entropy, subnets, reduce=False)
-            model.zero_grad()
-            accumulate_passes(ddp, half(rank), F.cross_entropy, subnets)
-            found[name] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, reduced
+            found[name] = []
+            for before in (False, True):
+                model.zero_grad()
+                if before:  # gradients that are dropped
+                    accumulate_passes(ddp, half(rank), F.cross_entropy, subnets, reduce=False)
+                    model.zero_grad()
+                reduced.clear()
+                accumulate_passes(ddp, half(rank), F.cross_entropy, subnets)
+                gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                found[name].append((gradients, list(reduced)))
         torch.save(found, f"{directory}/rank{rank}.pt")
     finally:
         distributed.destroy_process_group()
@@ -66,9 +72,9 @@ def test_gradients_are_the_mean_over_ranks_reduced_once(ranks, case):
         if p.grad is not None:
             p.grad.div_(2)
     for rank in ranks:
-        gradients, reduced = rank[case]
-        assert reduced == [0]
-        model = network(norm, depth=depth)
-        for name, gradient in gradients.items():
-            model.get_parameter(name).grad = gradient
-        check_same_gradients(model, expected)
+        for gradients, reduced in rank[case]:
+            assert reduced == [0]
+            model = network(norm, depth=depth)
+            for name, gradient in gradients.items():
+                model.get_parameter(name).grad = gradient
+            check_same_gradients(model, expected)
