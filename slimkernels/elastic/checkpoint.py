@@ -132,6 +132,8 @@ def _to_json(known: Plan) -> dict[str, Any]:
         "parameters": [asdict(parameter) for parameter in known.parameters],
         "notes": known.notes,
         "stages": [asdict(stage) for stage in known.stages.values()],
+        "projections": known.projections,
+        "states": known.states,
     }
 
 
@@ -162,4 +164,6 @@ def _from_json(data: dict[str, Any]) -> Plan:
             s["name"]: Stage(s["name"], tuple(s["blocks"]), s["removable"])
             for s in data.get("stages", ())  # files from before there was depth have none
         },
+        projections=data.get("projections", {}),
+        states=data.get("states", []),
     )

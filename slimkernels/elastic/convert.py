@@ -15,6 +15,7 @@ from slimkernels.elastic.importance import check_sort, orders
 from slimkernels.elastic.layers import CONVS, RECURRENT, kind_of, reason_not_slimmable
 from slimkernels.elastic.plan import Plan, Stage, matches
 from slimkernels.elastic.probe import Prober
+from slimkernels.elastic.recurrent import HIDDEN
 from slimkernels.elastic.slices import permute
 from slimkernels.elastic.stages import find_stages, usable_stages
 from slimkernels.elastic.trace import analysis_copy, check_example, float_inputs, run, trace
@@ -107,6 +108,10 @@ def convert(
     left_alone = _left_alone(model, analysis, ignored)
     order, notes = orders(model, analysis.dims, analysis.groups, sort, batches, loss_fn)
     permute(model, analysis.dims, order)
+    if analysis.states:
+        notes.append(
+            f"initial states written at the full size are cut to their first units: {', '.join(analysis.states)}"
+        )
     plan = Plan(
         widths=widths,
         divisor=divisor,
@@ -121,6 +126,12 @@ def convert(
         parameters=parameter_costs(model, analysis.dims),
         notes=[*notes, *depth_notes],
         stages={stage.name: stage for stage in stages},
+        states=analysis.states,
+        projections={
+            name: module.proj_size
+            for name, module in model.named_modules()
+            if isinstance(module, nn.LSTM) and (name, "cell") in analysis.dims
+        },
     )
     attach(model, plan)
     return model
@@ -131,7 +142,8 @@ def attach(model: nn.Module, plan: Plan) -> None:
     transform(model, plan.dims, plan.ignored)
     ratios = sorted({*plan.widths, 1.0}) if plan.listed else []
     if plan.norm != "shared":
-        set_norm_mode(model, plan.dims, plan.groups, plan.norm, ratios, plan.divisor)
+        at = {ratio: plan.units_at(dict.fromkeys(plan.groups, ratio)) for ratio in ratios}
+        set_norm_mode(model, plan.dims, plan.norm, at)
     make_skippable(model, plan.stages.values())
     model.__dict__["_elastic"] = plan
     set_width(model, 1.0)
@@ -199,7 +211,9 @@ def _analyse(model: nn.Module, example: Any, ignored: set[str], permutes: bool) 
     analysis = width_groups(coupling, model)
     analysis.reached = {name for name, _ in coupling.known}
     if analysis.groups:
-        Prober(model, example, analysis, permutes).reject_wrong()
+        prober = Prober(model, example, analysis, permutes)
+        prober.reject_wrong()
+        analysis.states = prober.states_of_full_size()
     return analysis
 
 
@@ -223,7 +237,10 @@ def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict
             )
         found[name] = reason
     for name, reason in analysis.rejected.items():
-        if name in live and reason not in (IS_OUTPUT, SINGLE):
+        layer = name.removesuffix(HIDDEN)
+        if layer in live and layer != name:
+            found[name] = f"its hidden units stay full: {reason}"
+        elif name in live and reason not in (IS_OUTPUT, SINGLE):
             found[name] = f"its outputs stay full: {reason}"
     return found
 

@@ -9,7 +9,7 @@ from slimkernels.elastic.depth import SkippableBlock, always_run, remove, renumb
 from slimkernels.elastic.layers import RECURRENT, full_size, kind_of
 from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_again
 from slimkernels.elastic.plan import Depth, Width, is_inside, plan
-from slimkernels.elastic.recurrent import refresh
+from slimkernels.elastic.recurrent import CutStates, refresh, state_sizes
 from slimkernels.elastic.slices import Dims, Sliced, sliced_tensors, take
 from slimkernels.elastic.transform import batch_norms, fast_path_again
 from slimkernels.elastic.width import view
@@ -31,8 +31,8 @@ def extract(
     weights.
 
     A network built at that width and depth loads its state_dict: skipped blocks are not there, and the modules of a
-    Sequential or ModuleList are numbered anew. Where the forward needs a block's place, an ``nn.Identity`` fills it. The
-    model stays as it is.
+    Sequential or ModuleList are numbered anew. Where the forward needs a block's place, an ``nn.Identity`` fills it. Where
+    it writes initial states of a recurrent layer at the full size, a hook of the layer cuts them. The model stays as it is.
 
     Args:
         width, depth: as in ``set_width``; or, instead of them:
@@ -81,7 +81,10 @@ def subnetwork(model: nn.Module, width: Width, depth: Depth) -> tuple[nn.Module,
             plain_parameters_again(module)
         if isinstance(module, SlimModule) and "_plain_attributes" in module.__dict__:
             _become_plain(module)
+        full_states = state_sizes(module) if name in known.states else ()
         _resize(name, module, dims, units)
+        if full_states:
+            module.register_forward_pre_hook(CutStates(full_states), with_kwargs=True)
         if isinstance(module, RECURRENT):
             refresh(module)
         fast_path_again(module)

@@ -8,6 +8,7 @@ from torch import nn
 from slimkernels.elastic.coupling import Coupling
 from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.plan import Dim, Run, WidthGroup
+from slimkernels.elastic.recurrent import HIDDEN
 
 Key = tuple[str, str]  # (module, side)
 
@@ -21,6 +22,7 @@ class Analysis:
     rejected: dict[str, str] = field(default_factory=dict)  # name of the producing layer -> reason
     reasons: dict[str, str] = field(default_factory=dict)  # module -> reason why a group it belongs to was left alone
     reached: set[str] = field(default_factory=set)  # modules that the trace saw
+    states: list[str] = field(default_factory=list)  # recurrent layers given states of the full size at every width
 
     def reject(self, names: set[str], reason: str) -> None:
         """Leave groups alone: their positions become fixed."""
@@ -52,7 +54,8 @@ def width_groups(coupling: Coupling, model: nn.Module) -> Analysis:
         _add_group(analysis, labels, classes, poison, unit_of, modules)
     _add_dims(analysis, coupling, unit_of)
     _reject_unsupported(analysis, modules)
-    order = {name: i for i, name in enumerate(modules)}
+    order = {name: 2 * i for i, name in enumerate(modules)}
+    order |= {name + HIDDEN: i + 1 for name, i in order.items()}
     analysis.groups = dict(sorted(analysis.groups.items(), key=lambda item: order[item[0]]))
     return analysis
 
@@ -64,7 +67,7 @@ def _classes(coupling: Coupling, without: set[Key]) -> dict[int, list[tuple[Key,
         if key not in without:
             for position, label in enumerate(coupling.labels(key)):
                 classes[label].append((key, position))
-    return {label: members for label, members in classes.items() if any(key[1] == "out" for key, _ in members)}
+    return {label: m for label, m in classes.items() if any(side in ("out", "cell") for (_, side), _ in m)}
 
 
 def _ties(coupling: Coupling, classes: dict[int, list]) -> list[tuple[int, int]]:
@@ -98,16 +101,17 @@ def _add_group(
 ) -> None:
     keys = {key for key, _ in classes[labels[0]]}
     producers = [name for name in modules if (name, "out") in keys]
+    cells = [name for name in modules if (name, "cell") in keys]
     # A depthwise convolution passes channels on: the layer that makes them gives the name.
     made = [name for name in producers if (name, "in") not in keys] or producers
-    name = made[0]
+    name = made[0] if made else cells[0] + HIDDEN
     # The width of a recurrent layer is that of one direction.
-    counted = (name, "state" if (name, "state") in keys else "out")
+    counted = next(key for key in ((name, "state"), (name, "out"), (cells[0] if cells else "", "cell")) if key in keys)
     positions = {label: [p for key, p in classes[label] if key == counted] for label in labels}
     ordered = sorted(labels, key=lambda label: positions[label][0])
     reason = next((poison[label] for label in ordered if label in poison), None)
     if reason is None and not any(
-        side == "in" or side.startswith("param") for _, side in keys - {(p, "in") for p in producers}
+        side in ("in", "cell") or side.startswith("param") for _, side in keys - {(p, "in") for p in producers}
     ):
         reason = "no layer takes its channels in"
     if reason is None and len(labels) < 2:
@@ -176,7 +180,9 @@ def _reject_unsupported(analysis: Analysis, modules: dict[str, nn.Module]) -> No
     for (name, side), dim in list(analysis.dims.items()):
         module = modules[name]
         simple = dim.blocks == 1
-        if (
+        if side == "cell" and not simple:
+            analysis.reject(dim.groups, f"the hidden units of {name} are no leading slice")
+        elif (
             side == "out"
             and not simple
             and not isinstance(module, (nn.Linear, *CONVS))

@@ -13,6 +13,7 @@ from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE, Coupling
 from slimkernels.elastic.flow import Follower
 from slimkernels.elastic.labels import FIXED, Labels, varying
 from slimkernels.elastic.layers import CONVS, RECURRENT, full_size, kind_of
+from slimkernels.elastic.recurrent import as_states, given_states, state_sides
 
 
 class _Layers:
@@ -105,7 +106,7 @@ class _Layers:
         self.coupling.known.update((name, side) for side in kind.sides)
         x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(module, RECURRENT):
-            self._follow_recurrent(name, module, x, args[1] if len(args) > 1 else kwargs.get("hx"), y)
+            self._follow_recurrent(name, module, x, given_states(args, kwargs), y)
         elif "ch" in kind.sides:
             if full_size(module, kind, "ch") == 1 and isinstance(module, nn.PReLU):
                 self.labels.put(y, self.labels.get(x))
@@ -136,16 +137,16 @@ class _Layers:
         data = x.data if isinstance(x, PackedSequence) else x
         if not self.taken(data, name, "in"):
             self.follower.spoil(self.labels.get(data), f"{name} works on another dimension than that of its channels")
-        for state in () if hx is None else (hx,) if isinstance(hx, Tensor) else hx:
-            self.taken(state, name, "state")
+        sides = state_sides(module)
+        for state, side in zip(as_states(hx), sides, strict=False):
+            self.taken(state, name, side)
         if isinstance(module, nn.RNNCellBase):
-            states = (y,) if isinstance(y, Tensor) else y
+            states = y
         else:
             out, states = y
             self.put_out(out.data if isinstance(out, PackedSequence) else out, name, "out")
-            states = (states,) if isinstance(states, Tensor) else states
-        for state in states:
-            self.put_out(state, name, "state")
+        for state, side in zip(as_states(states), sides, strict=False):
+            self.put_out(state, name, side)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

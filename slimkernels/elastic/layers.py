@@ -58,6 +58,7 @@ def kinds() -> tuple[LayerKind, ...]:
     found.append(LayerKind(nn.Embedding, {"out": "embedding_dim"}, {"weight": {1: "out"}}, "SlimEmbedding"))
     for layer in (*recurrent.LAYERS, *recurrent.CELLS):
         found.append(LayerKind(layer, recurrent.SIDES, {}, f"Slim{layer.__name__}"))
+    found.append(LayerKind(nn.LSTM, recurrent.PROJECTED, {}, "SlimLSTM"))
     found.append(LayerKind(nn.PReLU, {"ch": "num_parameters"}, {"weight": {0: "ch"}}))
     return tuple(found)
 
@@ -65,13 +66,16 @@ def kinds() -> tuple[LayerKind, ...]:
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVS = (nn.modules.conv._ConvNd,)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-TAKES_IN = ("in", "state", "next")  # sides whose inactive entries have to see zeros
+TAKES_IN = ("in", "state", "next", "cell")  # sides whose inactive entries have to see zeros
 TRANSPOSED = (nn.modules.conv._ConvTransposeNd,)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """The kind of a module, a user's subclass included; None when it cannot be sliced."""
+    projected = isinstance(module, RECURRENT) and recurrent.projection(module) > 0
     for kind in kinds():
+        if ("cell" in kind.sizes) != projected:
+            continue
         if isinstance(module, kind.torch_class):
             return kind
         # These extend torch's base class only.
@@ -114,8 +118,6 @@ def reason_not_slimmable(module: nn.Module) -> str | None:
         for method in ("forward", "_conv_forward", "__call__"):
             if getattr(cls, method, None) is not getattr(kind.torch_class, method, None):
                 return f"{cls.__name__} has a {method} of its own"
-    if getattr(module, "proj_size", 0):
-        return "it has a projection (proj_size)"
     for name in tensor_axes(module, kind):
         if getattr(module, name, None) is not None and name not in module._parameters and name not in module._buffers:
             return f"its {name} is computed (parametrization or weight norm)"

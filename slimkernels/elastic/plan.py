@@ -153,6 +153,8 @@ class Plan:
     parameters: list[ParameterCost] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stages: dict[str, Stage] = field(default_factory=dict)
+    projections: dict[str, int] = field(default_factory=dict)  # LSTM with a projection -> its full size
+    states: list[str] = field(default_factory=list)  # recurrent layers given states of the full size at every width
     current: Any = 1.0
     current_depth: Any = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -221,13 +223,30 @@ class Plan:
             group.name
             for group in self.groups.values()
             if isinstance(key, str)
-            and any(matches(name, key) for name, side in group.members if side in ("out", "ch") or ":" in side)
+            and any(matches(name, key) for name, side in group.members if side in ("out", "ch", "cell") or ":" in side)
         ]
 
     def units(self, where: str, width: Width) -> dict[str, int]:
         """Active units of every group at a width."""
-        ratios = self.ratios(where, width)
-        return {name: group.active_units(ratios[name], self.divisor) for name, group in self.groups.items()}
+        return self.units_at(self.ratios(where, width))
+
+    def units_at(self, ratios: Mapping[str, float]) -> dict[str, int]:
+        """Active units of every group at its ratio. Hidden units of an LSTM are more than its projection gives, as torch's
+        own layer asks for: where the ratios leave fewer, they are raised to the next size above."""
+        units = {name: group.active_units(ratios[name], self.divisor) for name, group in self.groups.items()}
+        raised = True
+        while raised:  # the hidden units of one layer can be the projection of another
+            raised = False
+            for module, full in self.projections.items():
+                hidden, projected = (self.dims.get((module, side)) for side in ("cell", "state"))
+                least = 1 + (full if projected is None else projected.active(units))
+                if hidden is not None and hidden.active(units) < least:
+                    (run,) = hidden.runs
+                    group = self.groups[str(run.group)]
+                    step = max(1, group.step(self.divisor) // group.unit)
+                    units[group.name] = min(group.units, -(-least // (run.per_unit * step)) * step)
+                    raised = True
+        return units
 
     def depths(self, where: str, depth: Depth) -> dict[str, int]:
         """Blocks of every stage at a depth: a ratio for all stages, or a dict of blocks (int) or ratios (float) by the

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from slimkernels.elastic.graph import Analysis
+from slimkernels.elastic.layers import RECURRENT
+from slimkernels.elastic.recurrent import as_states, given_states, state_sizes
 from slimkernels.elastic.slices import inverse, masked, permute
 from slimkernels.elastic.trace import one_line, run
 from slimkernels.elastic.transform import transform
 from slimkernels.elastic.width import apply, assignments
+from slimkernels.nn._base import SlimModule
 
 # Relative to the norm of the output. Beyond the first, which rounding seldom is, the same is done in float64.
 _TOLERANCE = 1e-5
@@ -91,6 +94,38 @@ class Prober:
             return reason
         # An ill-conditioned network can be that far off by rounding alone.
         return self._compare(self.double, names, units)
+
+    @torch.no_grad()
+    def states_of_full_size(self) -> list[str]:
+        """Recurrent layers whose initial states the network writes at the full size, whatever the width."""
+        found: dict[str, None] = {}
+
+        def listen(name: str, module: Any) -> Any:
+            def hook(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+                active = (
+                    (layer.proj_width or layer.width, layer.width)
+                    if hasattr(layer, "proj_width")
+                    else (layer.width,) * 2
+                )
+                for state, full, n in zip(
+                    as_states(given_states(args, kwargs)), state_sizes(layer), active, strict=False
+                ):
+                    if state.shape[-1] == full != n:
+                        found[name] = None
+
+            return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+        elastic = self.single.elastic
+        hooks = [
+            listen(n, m) for n, m in elastic.named_modules() if isinstance(m, RECURRENT) and isinstance(m, SlimModule)
+        ]
+        if hooks:
+            units = {name: max(1, self.units[name] // 2) for name in self.analysis.groups}
+            apply(assignments(elastic, self.analysis.dims, self.units | units, None))
+            run(elastic, self.single.example)
+        for hook in hooks:
+            hook.remove()
+        return list(found)
 
     @cached_property
     def double(self) -> _Pair | None:

@@ -33,7 +33,7 @@ class Report:
         dimensions = Table("width dimension", "full", "smallest", "layers")
         for name, group in self.groups.items():
             shown_sides = [(module, side) for module, side in group.members if side not in ("gates", "next", "state")]
-            sides = [module if side != "in" else f"{module} (in)" for module, side in shown_sides]
+            sides = [module + {"in": " (in)", "cell": " (hidden)"}.get(side, "") for module, side in shown_sides]
             shown = ", ".join(sides[:4]) + (f" and {len(sides) - 4} more" if len(sides) > 4 else "")
             dimensions.add_row(name, str(group.size), str(self.smallest[name]), shown)
         yield dimensions
@@ -78,7 +78,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         groups=dict(known.groups),
         stages=dict(known.stages),
-        smallest={name: g.active_units(low, known.divisor) * g.unit for name, g in known.groups.items()},
+        smallest={name: known.groups[name].unit * n for name, n in known.units("report", low).items()},
         left_alone=dict(known.left_alone),
         gathers=list(known.gathers),
         calibrated=norms[0].calibrated_ratios if norms else None,

@@ -40,10 +40,10 @@ def check_example(model: nn.Module, example_inputs: Any) -> None:
 
 
 def float_inputs(example_inputs: Any) -> Any:
-    """16-bit floating-point inputs as float32: the analysis runs in float32."""
+    """Floating-point inputs as float32: the analysis runs in float32."""
 
     def to_float(t: Any) -> Any:
-        return t.detach().float() if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else t
+        return t.detach().float() if isinstance(t, Tensor) and t.is_floating_point() else t
 
     return tree_map(to_float, example_inputs)
 

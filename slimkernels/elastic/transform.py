@@ -8,7 +8,7 @@ from torch import nn
 
 from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, reason_not_slimmable, slim_class
 from slimkernels.elastic.parameters import slice_parameters
-from slimkernels.elastic.plan import Dim, WidthGroup
+from slimkernels.elastic.plan import Dim
 from slimkernels.elastic.slices import parameter_side
 from slimkernels.nn.batch_norm import SlimBatchNorm
 
@@ -90,13 +90,10 @@ def _combined(slim: Any, own: Any) -> type:
 def set_norm_mode(
     model: nn.Module,
     dims: Mapping[tuple[str, str], Dim],
-    groups: Mapping[str, WidthGroup],
     mode: str,
-    ratios: list[float],
-    divisor: int,
+    at: Mapping[float, Mapping[str, int]],
 ) -> None:
-    """Put every slimmable batch norm into ``mode``; ``ratios`` are the listed widths."""
-    at = {r: {name: group.active_units(r, divisor) for name, group in groups.items()} for r in ratios}
+    """Put every slimmable batch norm into ``mode``; ``at`` has the active units at the listed widths."""
     for name, module in batch_norms(model).items():
         dim = dims.get((name, "ch"))
         widths = [(r, module.full_width if dim is None else dim.active(units)) for r, units in at.items()]

@@ -12,6 +12,7 @@ from slimkernels.elastic.depth import skip
 from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.parameters import set_parameter_width
 from slimkernels.elastic.plan import Depth, Dim, Plan, Width, plan, unwrap
+from slimkernels.elastic.recurrent import projection
 from slimkernels.elastic.slices import parameter_side
 from slimkernels.nn._base import SlimModule
 
@@ -41,8 +42,7 @@ def set_width(model: nn.Module, width: Width, depth: Depth = None) -> None:
     key = (uniform, tuple(ratios.values()), next((p.device for p in inner.parameters()), None))
     entries = known.cache.get(key)
     if entries is None:
-        units = {name: g.active_units(ratios[name], known.divisor) for name, g in known.groups.items()}
-        entries = assignments(inner, known.dims, units, uniform)
+        entries = assignments(inner, known.dims, known.units_at(ratios), uniform)
         if len(known.cache) >= _CACHED_WIDTHS:
             known.cache.clear()
         known.cache[key] = entries
@@ -89,7 +89,7 @@ def view(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
 class Assignment:
     """What one module gets at one width."""
 
-    __slots__ = ("index", "module", "n", "name", "out_index", "ratio")
+    __slots__ = ("index", "module", "n", "name", "out_index", "projected", "ratio")
 
     def __init__(
         self,
@@ -99,9 +99,10 @@ class Assignment:
         name: str,
         ratio: float | None,
         out_index: Tensor | None = None,
+        projected: int | None = None,
     ) -> None:
         self.module, self.n, self.index, self.name, self.ratio = module, n, index, name, ratio
-        self.out_index = out_index
+        self.out_index, self.projected = out_index, projected
 
 
 def assignments(
@@ -116,13 +117,17 @@ def assignments(
     module: Any
     for name, sides in by_module.items():
         module = modules[name]
-        made = ("state",) if isinstance(module, RECURRENT) else ("out", "ch")
+        has_projection = isinstance(module, RECURRENT) and projection(module) > 0
+        made = ("cell",) if has_projection else ("state",) if isinstance(module, RECURRENT) else ("out", "ch")
         layer = [dim for side, dim in sides.items() if side in made]
         if isinstance(module, SlimModule):
             n = layer[0].active(units) if layer else module.full_width
             taken = sides.get("in") or sides.get("ch")
             out = _gather_outputs(module, sides.get("out"), units)
-            found.append(Assignment(module, n, _gather(module, taken, units), "", None, out))
+            projected = None
+            if has_projection:
+                projected = sides["state"].active(units) if "state" in sides else projection(module)
+            found.append(Assignment(module, n, _gather(module, taken, units), "", None, out, projected))
         for side, dim in sides.items():
             plain = parameter_side(side)
             if plain is None and side == "ch" and not isinstance(module, SlimModule):
@@ -183,6 +188,8 @@ def apply(entries: list[Assignment]) -> None:
             module.in_index = entry.index
         if module.out_index is not entry.out_index:
             module.out_index = entry.out_index
+        if entry.projected is not None:
+            module.set_proj_width(entry.projected)
         if entry.ratio is None:
             module.set_width(entry.n)
         else:

@@ -9,6 +9,13 @@ from slimkernels.ops.slim_gru import slim_gru
 from slimkernels.ops.slim_lstm import slim_lstm
 
 
+def _cut(state: Tensor | None, active: int, full: int) -> Tensor | None:
+    """The active part of a state of the full size, which a network that writes the size out makes at every width."""
+    if state is None or state.shape[-1] == active or state.shape[-1] != full:
+        return state
+    return state.narrow(-1, 0, active)
+
+
 class _SlimRecurrent(SlimModule, nn.RNNBase):
     """What SlimLSTM and SlimGRU share. They extend RNNBase and not LSTM and GRU: torch.compile breaks the graph at those.
 
@@ -87,8 +94,8 @@ class _SlimRecurrent(SlimModule, nn.RNNBase):
 class SlimLSTM(_SlimRecurrent):
     """``nn.LSTM`` that runs on the first ``width`` hidden units of each gate (``set_width``) and as many inputs as it is given.
 
-    Same constructor, state_dict keys and initialisation as ``nn.LSTM``; at full width equal to it. See
-    ``slimkernels.ops.slim_lstm``.
+    Same constructor, state_dict keys and initialisation as ``nn.LSTM``; at full width equal to it. Of initial states of the
+    full size the first units are taken. See ``slimkernels.ops.slim_lstm``.
 
     Args:
         in_blocks: equal parts of the input, each cut to its first entries; 2 after a bidirectional layer.
@@ -121,13 +128,15 @@ class SlimLSTM(_SlimRecurrent):
         self._proj = torch.empty((p, 0))
 
     def _run(self, x, states, batch_sizes):
-        h0, c0 = states
+        width, projected = self.width, self.proj_width
+        h0 = _cut(states[0], projected or width, self.proj_size or self.hidden_size)
+        c0 = _cut(states[1], width, self.hidden_size)
         y, finals = slim_lstm(
             x,
             self._weights(),
-            self.width,
-            None if h0 is None else (h0, c0),
-            proj_size=self.proj_width or None,
+            width,
+            None if h0 is None or c0 is None else (h0, c0),
+            proj_size=projected or None,
             batch_sizes=batch_sizes,
             **self._options(),
         )
@@ -145,8 +154,8 @@ class SlimLSTM(_SlimRecurrent):
 class SlimGRU(_SlimRecurrent):
     """``nn.GRU`` that runs on the first ``width`` hidden units of each gate (``set_width``) and as many inputs as it is given.
 
-    Same constructor, state_dict keys and initialisation as ``nn.GRU``; at full width equal to it. See
-    ``slimkernels.ops.slim_gru``.
+    Same constructor, state_dict keys and initialisation as ``nn.GRU``; at full width equal to it. Of an initial state of the
+    full size the first units are taken. See ``slimkernels.ops.slim_gru``.
 
     Args:
         in_blocks: equal parts of the input, each cut to its first entries; 2 after a bidirectional layer.
@@ -161,7 +170,9 @@ class SlimGRU(_SlimRecurrent):
         super().__init__(*args, in_blocks=in_blocks, recompute=recompute, **kwargs)
 
     def _run(self, x, states, batch_sizes):
-        y, h_n = slim_gru(x, self._weights(), self.width, states[0], batch_sizes=batch_sizes, **self._options())
+        width = self.width
+        h0 = _cut(states[0], width, self.hidden_size)
+        y, h_n = slim_gru(x, self._weights(), width, h0, batch_sizes=batch_sizes, **self._options())
         return y, [h_n]
 
     def forward(
@@ -200,6 +211,11 @@ class _SlimCell(SlimModule, nn.RNNCellBase):
             weights += [self.bias_ih, self.bias_hh]
         return x.reshape(1, -1, x.shape[-1]), weights
 
+    def _state(self, state: Tensor) -> Tensor:
+        found = _cut(state.reshape(1, -1, state.shape[-1]), self.width, self.hidden_size)
+        assert found is not None
+        return found
+
     def _blocks(self) -> int:
         return 1 if self.in_index is not None else self.in_blocks
 
@@ -220,7 +236,7 @@ class SlimLSTMCell(_SlimCell, nn.LSTMCell):
     ) -> tuple[Tensor, Tensor]:
         x, weights = self._arguments(input)
         shape = (*input.shape[:-1], self.width)
-        state = None if hx is None else (hx[0].reshape(1, -1, hx[0].shape[-1]), hx[1].reshape(1, -1, hx[1].shape[-1]))
+        state = None if hx is None else (self._state(hx[0]), self._state(hx[1]))
         _, (h, c) = slim_lstm(x, weights, self.width, state, in_blocks=self._blocks())
         return h.view(shape), c.view(shape)
 
@@ -243,7 +259,7 @@ class SlimGRUCell(_SlimCell, nn.GRUCell):
         hx: Tensor | None = None,  # (batch, h) or (h,)
     ) -> Tensor:
         x, weights = self._arguments(input)
-        state = None if hx is None else hx.reshape(1, -1, hx.shape[-1])
+        state = None if hx is None else self._state(hx)
         _, h = slim_gru(x, weights, self.width, state, in_blocks=self._blocks())
         return h.view((*input.shape[:-1], self.width))
 

@@ -360,10 +360,10 @@ LEFT = {
         "which is not followed",
     ),
     "a size written into the code": (
-        lambda: Net(lambda net, x: net.m(net.c(x, torch.zeros(4, 16))), c=nn.GRUCell(6, 16), m=mlp(16, 24)),
+        lambda: Net(lambda net, x: net.m(net.c(x) + torch.zeros(4, 16)), c=nn.GRUCell(6, 16), m=mlp(16, 24)),
         ROWS,
         "c",
-        "expected h0 of shape",
+        "does not run when it is narrower (RuntimeError: The size of tensor a (8) must match",
     ),
 }
 

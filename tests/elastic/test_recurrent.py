@@ -240,22 +240,6 @@ def test_unbatched_input_and_a_state_that_leaves_the_network():
         assert (y.shape[-1], h.shape[-1]) == (3, 8)
 
 
-def test_what_is_left_alone_says_why():
-    class Projected(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.enter, self.rnn, self.out = nn.Linear(6, 16), nn.LSTM(16, 8, proj_size=4), nn.Linear(4, 3)
-            self.hidden = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
-
-        def forward(self, x):
-            return self.hidden(self.out(self.rnn(self.enter(x))[0]))
-
-    model = elastic.convert(Projected(), torch.randn(STEPS), divisor=4)
-    assert set(elastic.plan(model).groups) == {"out", "hidden.0"}
-    assert elastic.report(model).left_alone["rnn"] == "it has a projection (proj_size)"
-    assert isinstance(elastic.extract(model, 0.5).rnn, nn.LSTM)
-
-
 @torch.no_grad()
 def test_pickle_and_save_and_load(tmp_path):
     net, x, _ = build("bilstm-residual")
