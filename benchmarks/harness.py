@@ -136,8 +136,9 @@ def results(provider: Provider, mode: str) -> list[Tensor | None]:
 
 
 def fixed(t: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(t.device, t.dtype)
+    generator = torch.Generator(t.device).manual_seed(1)
+    wide = torch.randn(t.shape, generator=generator, dtype=torch.float64, device=t.device)
+    return wide.to(torch.bfloat16).to(t.dtype)
 
 
 def gate(problem: Problem, candidates: dict[str, Provider], mode: str) -> dict[str, str]:

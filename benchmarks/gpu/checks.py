@@ -1,4 +1,4 @@
-"""The steps of ``make gpu`` that prove: build, tests on the GPU, the sanitizer, ceilings, recompilations."""
+"""The steps of ``make gpu`` that prove: ceilings and recompilations here, build, tests and sanitizer as processes."""
 
 import os
 import shutil
@@ -9,89 +9,115 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.runner import ROOT, Job
 from benchmarks.gpu.session import Session
 
-ROOT = Path(__file__).parent.parent.parent
+# The test files, each with the number of parts that run beside each other: those with the CUDA C++ ops come first.
+TEST_PARTS = {
+    "tests/ops/test_inr_weights.py": 3,
+    "tests/ops/test_slim_conv.py": 8,
+    "tests/ops/test_slim_linear.py": 4,
+    "tests/ops/test_slim_batch_norm.py": 5,
+    "tests/ops/test_slice_accumulate.py": 1,
+    "tests/ops/test_large_tensors.py": 1,
+}
+CASES_A_PART = 80
+TF32_OPS = ("slim_linear", "slim_conv", "slim_conv_transpose", "inr_weights")
+SANITIZED = "odd_widths or odd_sizes or slice_accumulate or depthwise or depths"
 
 
-def command(session: Session, name: str, words: list[str], **environment: str) -> tuple[int, str]:
-    """Runs ``words`` while there is time; the output goes to ``<name>.txt``. Status and last line."""
-    log = session.out / f"{name}.txt"
-    with log.open("w") as opened:
-        try:
-            done = subprocess.run(
-                words,
-                cwd=ROOT,
-                env=os.environ | environment,
-                stdout=opened,
-                stderr=subprocess.STDOUT,
-                timeout=max(session.left(), 1),
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return -1, "cut off: no time left"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return done.returncode, lines[-1] if lines else ""
+def test_files() -> list[str]:
+    found = sorted(
+        p.relative_to(ROOT).as_posix() for name in ("ops", "nn") for p in (ROOT / "tests" / name).glob("test_*")
+    )
+    return [*TEST_PARTS, *(name for name in found if name not in TEST_PARTS)]
+
+
+def pytest_job(
+    out: Path, name: str, words: list[str], seconds: float, before: tuple[str, ...] = (), **environment
+) -> Job:
+    progress = out / "items" / f"{name.replace('/', '-').replace(' ', '-')}.jsonl"
+    command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.outcomes", "-p", "no:cacheprovider"]
+    return Job(name, [*command, f"--progress={progress}", *words], seconds, environment)
+
+
+def test_jobs(out: Path, dry: bool, seconds: float) -> list[Job]:
+    """Every test of the ops and modules with its tensors on the GPU; what multiplies float32 once more in tf32, with the
+    tolerance of its ten bits. Dry: a few, on the CPU."""
+    device = {"SLIMKERNELS_TEST_DEVICE": "cpu" if dry else "cuda", "OMP_NUM_THREADS": "1"}
+    if dry:
+        few = ["tests/ops/test_slim_rms_norm.py", "tests/ops/test_large_tensors.py", "-k", "empty or large"]
+        return [pytest_job(out, "tests", few, seconds, **device)]
+    jobs = []
+    for file in test_files():
+        parts = TEST_PARTS.get(file, 2)
+        for part in range(parts):
+            name = f"tests {Path(file).stem.removeprefix('test_')}" + (f" {part + 1} of {parts}" if parts > 1 else "")
+            jobs.append(pytest_job(out, name, [file, f"--part={part}/{parts}"], seconds, **device))
+    for op in TF32_OPS:
+        words = [f"tests/ops/test_{op}.py", "-k", "f32"]
+        jobs.append(pytest_job(out, f"tests {op} in tf32", words, seconds, **device, SLIMKERNELS_TEST_TF32="1"))
+    return jobs
+
+
+def sanitizer_jobs(out: Path, seconds: float) -> list[Job]:
+    """Each allocation by itself: within PyTorch's pools an address out of bounds is a valid one."""
+    found = shutil.which("compute-sanitizer")
+    if found is None:
+        return []
+    environment = {"SLIMKERNELS_TEST_DEVICE": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    jobs = []
+    for tool in ("memcheck", "racecheck"):
+        before = (found, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9")
+        words = ["tests/ops/test_inr_weights.py", "tests/ops/test_slice_accumulate.py", "tests/ops/test_slim_conv.py"]
+        words += ["tests/ops/test_slim_linear.py", "tests/ops/test_slim_batch_norm.py", "-k", SANITIZED]
+        job = pytest_job(out, f"sanitizer {tool}", words, seconds, before, **environment)
+        job.red = {9: f"{tool} found errors"}
+        jobs.append(job)
+    return jobs
 
 
 def build(session: Session) -> str:
-    """The CUDA extension, where nvcc is; else the one that was carried along."""
+    """The CUDA extension for this GPU, where nvcc is; else the one that was carried along."""
     carried = sorted((ROOT / "slimkernels").glob("_cuda*.so"))
     nvcc = shutil.which("nvcc")
     if session.dry:
         return f"dry: {'nvcc would build it' if nvcc else 'no nvcc'}, {len(carried)} carried along"
     if nvcc is None:
         return f"no nvcc; carried along: {', '.join(p.name for p in carried) or 'none, CUDA C++ ops run the reference'}"
+    major, minor = torch.cuda.get_device_capability()
+    environment = {"SLIMKERNELS_CUDA": "1", "SLIMKERNELS_CPP": "0", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX"}
     words = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    status, told = command(session, "build", words, SLIMKERNELS_CUDA="1", SLIMKERNELS_CPP="0")
-    return "built" if status == 0 else f"red: {told}"
-
-
-def tests(session: Session) -> str:
-    """Every test of the ops and modules with its tensors on the GPU."""
-    words = [sys.executable, "-m", "pytest", "-q", "-x" if session.dry else "--maxfail=50"]
-    words += ["tests/ops/test_slim_rms_norm.py", "-k", "empty"] if session.dry else ["tests/ops", "tests/nn"]
-    status, told = command(session, "tests", words, SLIMKERNELS_TEST_DEVICE=session.device.type)
-    return told if status == 0 else f"red: {told}"
-
-
-def tests_tf32(session: Session) -> str:
-    """What multiplies float32, once more in tf32, with the tolerance of its ten bits."""
-    words = [sys.executable, "-m", "pytest", "-q", "-k", "f32", "--collect-only" if session.dry else "--maxfail=50"]
-    ops = ["slim_linear"] if session.dry else ["slim_linear", "slim_conv", "inr_weights"]
-    words += [f"tests/ops/test_{op}.py" for op in ops]
-    environment = {"SLIMKERNELS_TEST_DEVICE": session.device.type, "SLIMKERNELS_TEST_TF32": "1"}
-    status, told = command(session, "tests_tf32", words, **environment)
-    return told if status == 0 else f"red: {told}"
-
-
-def sanitizer(session: Session) -> str:
-    found = shutil.which("compute-sanitizer")
-    if session.dry or found is None:
-        return "compute-sanitizer is not installed" if found is None else "dry: compute-sanitizer would run"
-    words = [found, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
-    status, told = command(
-        session, "sanitizer", [*words, "tests/ops", "-k", "odd_widths"], SLIMKERNELS_TEST_DEVICE="cuda"
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | environment, check=False)
+    if done.returncode == 0:
+        return f"built for sm_{major}{minor}"
+    return f"red: nvcc's build ended with exit status {done.returncode}" + (
+        f"; the tests use {carried[0].name}" if carried else ""
     )
-    return told if status in (0, -1) else f"red: {told}"
 
 
 def ceilings(session: Session) -> str:
-    """What this GPU reaches: a copy of 2 GiB for bytes/s, square products for FLOP/s of each dtype."""
+    """What this GPU reaches: a copy of 2 GiB for bytes/s, square products for FLOP/s of each dtype, float32 in tf32 too."""
     size = 2**10 if session.dry else 2**29
     source = torch.zeros(size, device=session.device)
     target = torch.empty_like(source)
-    ms = session.milliseconds(partial(target.copy_, source), 1.0)
-    session.ceilings["memory"] = 2 * source.numel() * 4 / ms * 1e3
+    ceiling(session, "memory", 2 * source.numel() * 4, partial(target.copy_, source))
     del source, target
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        n = 16 if session.dry else 8192
+    n = 16 if session.dry else 8192
+    switch = torch.backends.cuda.matmul
+    for name in ("bfloat16", "float16", "tf32", "float32"):
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        switch.fp32_precision = "tf32" if name == "tf32" else "ieee"
         a, b = (torch.randn(n, n, device=session.device, dtype=dtype) for _ in range(2))
-        ms = session.milliseconds(partial(torch.matmul, a, b), 1.0)
-        session.ceilings[str(dtype).removeprefix("torch.")] = 2 * n**3 / ms * 1e3
-    for name, value in session.ceilings.items():
-        session.row("ceilings", what=name, per_second="dry" if session.dry else f"{value:.4g}")
-    return "dry: no ceilings" if session.dry else f"{session.ceilings['memory'] / 1e12:.2f} TB/s"
+        ceiling(session, name, 2 * n**3, partial(torch.matmul, a, b))
+    return "dry: no ceilings" if session.dry else torch.cuda.get_device_name()
+
+
+def ceiling(session: Session, name: str, amount: int, call) -> None:
+    if session.todo(name):
+        with session.item(name):
+            ms = session.timing(call, 0.5)[0]
+            session.row("ceilings", what=name, per_second="dry" if session.dry else f"{amount / ms * 1e3:.4g}")
 
 
 def recompiles(session: Session) -> str:
@@ -129,4 +155,6 @@ def recompiles(session: Session) -> str:
     finally:
         knobs.runtime.jit_post_compile_hook = hook
     session.row("recompiles", widths=30, kernels_compiled=len(compiled))
+    for name in compiled:
+        print(name)
     return f"{'red: ' if compiled else ''}{len(compiled)} kernels compiled for 30 random widths"

@@ -1,13 +1,14 @@
 """One page about a run of ``make gpu``, from its CSVs, and the plot."""
 
 import csv
+import importlib.util
 import platform
 import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.session import Session
+from benchmarks.gpu.progress import Progress
 
 GOALS = (
     "Goals: at least 1.5 times as fast as eager and no slower than torch.compile on every row, 60 % of the roofline."
@@ -24,19 +25,38 @@ def table(path: Path, most: int = 40) -> list[str]:
     return lines
 
 
+def told_of(steps: list[dict[str, str]]) -> list[str]:
+    """What did not come to its end, and of what each died."""
+    lines = [
+        f"- **{row['step']}** {row['status']}: {row['told']}" for row in steps if row["status"] in ("died", "failed")
+    ]
+    late = [row["step"] for row in steps if row["status"] in ("cut", "left out")]
+    if late:
+        lines.append(f"- no time was left for all of: {', '.join(late)}")
+    return lines or ["Every step came to its end, and none was red."]
+
+
+def counted(out: Path) -> str:
+    """Of the tests, from what each wrote as it ended."""
+    found = [Progress(path).items() for path in sorted((out / "items").glob("tests*.jsonl"))]
+    events = [event for items in found for event, _ in items.values()]
+    kinds = ("ok", "skipped", "failed", "died", "cut")
+    return ", ".join(f"{sum(e == kind for e in events)} {'passed' if kind == 'ok' else kind}" for kind in kinds)
+
+
 def goals(path: Path) -> list[str]:
     """How many rows of ops.csv reach the goals."""
     with path.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     lines = []
-    for provider, goal in (("plain", 1.5), ("slice", 1.5), ("compile", 1.0)):
-        found = [float(row["over_ours"]) for row in rows if row["provider"] == provider and row["over_ours"]]
-        if found:
-            reached = sum(value >= goal for value in found)
-            middle = statistics.median(found)
-            lines.append(
-                f"- {provider}: {reached} of {len(found)} rows at least {goal} times ours; median {middle:.2f}"
-            )
+    for column, kind in (("over_ours", "the GPU's work"), ("back_to_back_over_ours", "calls one behind the other")):
+        for provider, goal in (("plain", 1.5), ("slice", 1.5), ("compile", 1.0)):
+            found = [float(row[column]) for row in rows if row["provider"] == provider and row[column]]
+            if found:
+                reached, middle = sum(value >= goal for value in found), statistics.median(found)
+                lines.append(
+                    f"- {kind}, {provider}: {reached} of {len(found)} rows at least {goal} times ours; median {middle:.2f}"
+                )
     fractions = [float(row["roofline"]) for row in rows if row["provider"] == "slimkernels" and row["roofline"]]
     if fractions:
         reached = sum(value >= 0.6 for value in fractions)
@@ -46,10 +66,10 @@ def goals(path: Path) -> list[str]:
     return lines
 
 
-def plot(session: Session) -> None:
-    """Time of the networks over the width."""
-    path = session.out / "networks.csv"
-    if session.dry or not path.exists():
+def plot(out: Path, dry: bool) -> None:
+    """Time of the networks over the width, where matplotlib is installed."""
+    path = out / "networks.csv"
+    if dry or not path.exists() or importlib.util.find_spec("matplotlib") is None:
         return
     import matplotlib
 
@@ -67,15 +87,20 @@ def plot(session: Session) -> None:
         axis.set(title=net, xlabel="width", ylabel="ms")
         axis.legend()
     figure.tight_layout()
-    figure.savefig(session.out / "networks.png", dpi=120)
+    figure.savefig(out / "networks.png", dpi=120)
 
 
-def write(session: Session) -> str:
-    if session.dry:
+def write(out: Path, dry: bool) -> None:
+    """``report.md`` and the plot, from what is there by now."""
+    with (out / "steps.csv").open(newline="") as opened:
+        steps = list(csv.DictReader(opened))
+    if dry:
         about = "**Dry run on a machine without a GPU: the plumbing was checked with tiny shapes, nothing was timed.**"
-    else:
-        about = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    else:  # the GPU's name is what its first step told: this process makes no CUDA context
+        name = next((row["told"].split(";")[0] for row in steps if row["step"] == "ceilings"), "a GPU")
+        about = f"{name}, CUDA {torch.version.cuda}"
     lines = ["# make gpu", "", about, "", f"torch {torch.__version__}, Python {platform.python_version()}", ""]
+    lines += ["## What went wrong", "", *told_of(steps), "", f"Tests: {counted(out)}.", ""]
     for title, name in {
         "Steps": "steps",
         "Ceilings": "ceilings",
@@ -84,10 +109,11 @@ def write(session: Session) -> str:
         "Training step": "training",
         "Generated weights of ResNet-50": "generation",
     }.items():
-        if (session.out / f"{name}.csv").exists():
-            lines += [f"## {title}", "", *table(session.out / f"{name}.csv"), ""]
-    if (session.out / "ops.csv").exists():
-        lines += ["## Ops", "", GOALS, *goals(session.out / "ops.csv"), "", "Every row is in ops.csv.", ""]
-    (session.out / "report.md").write_text("\n".join(lines))
-    plot(session)
-    return "report.md"
+        if (out / f"{name}.csv").exists():
+            lines += [f"## {title}", "", *table(out / f"{name}.csv", 100), ""]
+    if (out / "ops.csv").exists():
+        lines += ["## Ops", "", GOALS, *goals(out / "ops.csv"), "", "Every row is in ops.csv.", ""]
+    aside = out / "report.tmp"
+    aside.write_text("\n".join(lines))
+    aside.replace(out / "report.md")
+    plot(out, dry)

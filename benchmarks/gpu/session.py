@@ -1,95 +1,135 @@
-"""One run of ``make gpu``: its folder, its clock, and how a call is timed."""
+"""What a step of ``make gpu`` works with: its folder, its clock, its items, and how a call is timed."""
 
+import contextlib
 import csv
+import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.outcomes import context_error
+from benchmarks.gpu.progress import CONTEXT_LOST, Progress
+
+FLUSH_BYTES = 2**28  # more than the last-level cache of any GPU at hand
+
 
 class Session:
-    """Results are written as they come, so that a run that is cut off keeps what it has.
+    """One step in a process of its own. Results are written as they come: a step that dies or is cut keeps what it has.
 
-    ``dry``: a machine without a GPU. Every step runs with tiny shapes on the CPU and times nothing.
+    ``how``: "timed"; "warm" runs all once, to fill the compilers' caches, and writes no row; "dry" does that with tiny
+    shapes on the CPU and writes rows without times.
     """
 
-    def __init__(self, out: Path, dry: bool, minutes: float) -> None:
-        self.out, self.dry = out, dry
-        self.device = torch.device("cpu" if dry else "cuda")
-        self.start, self.budget = time.monotonic(), 60 * minutes
-        self.step, self.step_ends = "", float("inf")
-        self.ceilings: dict[str, float] = {}  # bytes/s of "memory", FLOP/s of each dtype
-        self.files: dict[str, list[str]] = {}
-        out.mkdir(parents=True, exist_ok=True)
-        for old in [*out.glob("*.csv"), *out.glob("*.md"), *out.glob("*.png"), *out.glob("*.txt")]:
-            old.unlink()
+    def __init__(self, out: Path, step: str, how: str, every_shape: bool = False) -> None:
+        self.out, self.step, self.how, self.every_shape = out, step, how, every_shape
+        self.dry = how == "dry"
+        self.device = torch.device("cpu" if self.dry else "cuda")
+        self.until = float(os.environ.get("SLIMKERNELS_GPU_UNTIL", "inf"))
+        name = f"{step} ({how})" if how == "warm" else step
+        self.progress = Progress(out / "items" / f"{name.replace('/', '-').replace(' ', '-')}.jsonl")
+        self.seen = self.progress.items()
+        self.ceilings = self._ceilings()  # bytes/s of "memory", FLOP/s of each precision
+        self._flushed: torch.Tensor | None = None
 
     def left(self) -> float:
         """Seconds that this step may still take."""
-        now = time.monotonic()
-        return min(self.start + self.budget, self.step_ends) - now
+        return self.until - time.time()
+
+    @contextlib.contextmanager
+    def item(self, name: str) -> Iterator[None]:
+        """A part of the step whose error does not end the others. After a lost CUDA context the process ends, and the
+        next one goes on behind this item."""
+        self.progress.start(name)
+        try:
+            yield
+        except Exception as error:  # the report names it, and the exit status is not 0
+            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            traceback.print_exc()
+            self._end_if_lost(name)
+            self.progress.done(name, "failed", told)
+        else:
+            self._end_if_lost(name)
+            self.progress.done(name, "ok")
+
+    def todo(self, name: str) -> bool:
+        """Whether an item is still to be done, and there is time for it."""
+        return name not in self.seen and self.left() > 0
+
+    def _end_if_lost(self, name: str) -> None:
+        if lost := context_error():
+            self.progress.done(name, "died", lost)
+            os._exit(CONTEXT_LOST)
 
     def row(self, file: str, **values: object) -> None:
         """One more line of ``<file>.csv``; the columns are those of its first."""
+        if self.how == "warm":
+            return
         path = self.out / f"{file}.csv"
-        columns = self.files.setdefault(file, list(values))
+        new = not path.exists()
+        columns = list(values)
+        if not new:
+            with path.open(newline="") as opened:
+                columns = next(csv.reader(opened))
         if missing := set(values) - set(columns):
             raise ValueError(f"{file}.csv has no columns {missing}")
-        new = not path.exists()
         with path.open("a", newline="") as opened:
             writer = csv.DictWriter(opened, columns, restval="", lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(values)
 
-    def log(self, text: str) -> None:
-        line = f"{time.monotonic() - self.start:6.1f} s  {text}"
-        print(line, flush=True)
-        with (self.out / "log.txt").open("a") as opened:
-            opened.write(line + "\n")
-
-    def run(self, name: str, step: Callable[["Session"], str], seconds: float) -> None:
-        """A step: what it says, or the error that ended it, becomes a line of ``steps.csv``. The others go on."""
-        self.step, begin = name, time.monotonic()
-        self.step_ends = begin + seconds
-        if self.left() <= 0:
-            status, told = "left out", "no time left"
-        else:
-            try:
-                status, told = "ok", step(self)
-            except Exception as error:  # the report names it, and the exit status is not 0
-                status, told = "failed", f"{type(error).__name__}: {error}"
-                (self.out / f"error-{name}.txt").write_text(traceback.format_exc())
-        if told.startswith("red:"):
-            status = "failed"
-        self.row("steps", step=name, status=status, seconds=f"{time.monotonic() - begin:.1f}", told=told)
-        self.log(f"{name}: {status}: {told}")
-
-    def milliseconds(self, call: Callable[[], object], seconds: float = 0.3) -> float:
-        """Median of one call by CUDA events; dry: the call is made once and the time is nan."""
-        if self.dry:
+    def timing(self, call: Callable[[], object], seconds: float = 0.1) -> tuple[float, float]:
+        """Milliseconds of one call by CUDA events, medians: of the GPU's work with cold caches, and of calls one behind the
+        other, in which the CPU's part shows where it is longer. Not timed: the call is made once and both are nan."""
+        if self.how != "timed":
             call()
-            return float("nan")
+            return float("nan"), float("nan")
+        if self._flushed is None:
+            self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
         for _ in range(3):
             call()
         torch.cuda.synchronize()
-        samples: list[float] = []
-        end = time.monotonic() + min(seconds, max(self.left(), 0.05))
-        while len(samples) < 10 or (time.monotonic() < end and len(samples) < 500):
+        seconds = min(seconds, max(self.left(), 0.02))
+        cold: list[float] = []
+        end = time.monotonic() + seconds
+        while not cold or (time.monotonic() < end and len(cold) < 500):
+            # The CPU runs ahead while the cache is overwritten, so that the launches do not count.
+            pairs = [self._one(call) for _ in range(10)]
+            torch.cuda.synchronize()
+            cold += [first.elapsed_time(last) for first, last in pairs]
+        behind: list[float] = []
+        end = time.monotonic() + seconds
+        repeats = max(1, min(100, int(2 / max(statistics.median(cold), 1e-3))))  # about 2 ms
+        while not behind or (time.monotonic() < end and len(behind) < 100):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
-            call()
+            for _ in range(repeats):
+                call()
             last.record()
             last.synchronize()
-            samples.append(first.elapsed_time(last))
-        return statistics.median(samples)
+            behind.append(first.elapsed_time(last) / repeats)
+        return statistics.median(cold), statistics.median(behind)
+
+    def _one(self, call: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        assert self._flushed is not None
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.zero_()
+        first.record()
+        call()
+        last.record()
+        return first, last
+
+    def milliseconds(self, call: Callable[[], object], seconds: float = 0.3) -> float:
+        """Of calls one behind the other: what a loop over whole networks takes."""
+        return self.timing(call, seconds)[1]
 
     def memory(self, call: Callable[[], object]) -> float:
-        """Highest MiB allocated in one call above what was there before; dry: nan."""
-        if self.dry:
+        """Highest MiB allocated in one call above what was there before; not timed: nan."""
+        if self.how != "timed":
             call()
             return float("nan")
         torch.cuda.synchronize()
@@ -100,9 +140,28 @@ class Session:
         del kept
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
-    def bound(self, flops: float, bytes_: float, dtype: torch.dtype) -> float:
-        """Milliseconds that the roofline measured on this machine allows at best; nan in a dry run."""
-        if self.dry:
+    def bound(self, flops: float, bytes_: float, precision: str) -> float:
+        """Milliseconds that the roofline measured on this machine allows at best; nan where it was not measured."""
+        if precision not in self.ceilings or "memory" not in self.ceilings:
             return float("nan")
-        name = str(dtype).removeprefix("torch.")
-        return 1e3 * max(flops / self.ceilings[name], bytes_ / self.ceilings["memory"])
+        return 1e3 * max(flops / self.ceilings[precision], bytes_ / self.ceilings["memory"])
+
+    def _ceilings(self) -> dict[str, float]:
+        path = self.out / "ceilings.csv"
+        if self.dry or not path.exists():
+            return {}
+        with path.open(newline="") as opened:
+            return {row["what"]: float(row["per_second"]) for row in csv.DictReader(opened)}
+
+
+def run(step: Callable[[Session], str], session: Session) -> int:
+    """The exit status: 0 where the step came to its end and nothing was wrong."""
+    try:
+        status, told = "ok", step(session)
+    except Exception as error:  # the report names it, and the exit status is not 0
+        traceback.print_exc()
+        status, told = "failed", f"{type(error).__name__}: {error}"
+    if told.startswith("red:"):
+        status = "failed"
+    session.progress.end(status, told)
+    return 0 if status == "ok" else 1

@@ -11,22 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import harness, shapes
+from benchmarks import harness, run, shapes
 from benchmarks.gpu.session import Session
-from benchmarks.run import ops as all_ops
 from slimkernels import elastic, models
 from slimkernels.train import sandwich_step
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 GPU_MACS, GPU_ELEMENTS = 2**36, 2**28  # of one call: the batches of op-shapes.csv as they are
+DRY_PARAMETERS = 2_000_000
+# Whole networks and steps have steps of their own here.
+NOT_OPS = ("deploy", "training_step")
+RECURRENT = ("slim_lstm", "slim_gru")  # PyTorch counts no operations of cuDNN's recurrent layers
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet50": (models.resnet50, (3, 224, 224)),
     "mobilenet_v2": (models.mobilenet_v2, (3, 224, 224)),
     "vit_small": (models.vit_small, (3, 224, 224)),
 }
-DRY_NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "cifar_resnet20": (models.cifar_resnet20, (3, 16, 16))
-}
+DRY_NETWORK: tuple[Callable[[], nn.Module], tuple[int, ...]] = (models.cifar_resnet20, (3, 16, 16))
+
+
+def ops() -> list[str]:
+    return [op for op in run.ops() if op not in NOT_OPS]
 
 
 def to_device(problem: harness.Problem, device: torch.device) -> harness.Problem:
@@ -43,12 +48,19 @@ def to_device(problem: harness.Problem, device: torch.device) -> harness.Problem
 
 
 def work(provider: harness.Provider, mode: str) -> tuple[float, float]:
-    """FLOPs of the plain module, and the bytes of its inputs, parameters and outputs; three times that where it trains."""
-    with FlopCounterMode(display=False) as counter:
-        out = harness.outputs(provider.module(*(t.detach() for t in provider.inputs)))
-    touched = [*provider.inputs, *provider.module.parameters(), *out]
-    times = 1 if mode == "forward" else 3
-    return times * counter.get_total_flops(), times * sum(t.numel() * t.element_size() for t in touched)
+    """FLOPs of the plain module, and the least bytes: forward reads inputs and parameters and writes outputs; backward
+    reads those and the outputs' gradients and writes the gradients of inputs and parameters."""
+    module = copy.deepcopy(provider.module).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        out = harness.outputs(module(*(t.detach() for t in provider.inputs)))
+
+    def count(tensors: list[Tensor]) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    read, written = count([*provider.inputs, *module.parameters()]), count(out)
+    if mode == "forward":
+        return counter.get_total_flops(), read + written
+    return 3 * counter.get_total_flops(), 3 * read + 2 * written
 
 
 @contextlib.contextmanager
@@ -65,54 +77,69 @@ def gpu_limits(session: Session) -> Iterator[None]:
 def small_enough(problem: harness.Problem) -> bool:
     """For a dry run: tiny parameters and inputs."""
     tensors = [*problem.inputs, *problem.ours.parameters()]
-    return sum(t.numel() for t in tensors) < 2_000_000
+    return sum(t.numel() for t in tensors) < DRY_PARAMETERS
 
 
-def time_ops(session: Session) -> str:
-    """Every op at the shapes of op-shapes.csv and the INR workloads; a provider whose numbers are wrong gets no time."""
-    done = red = 0
+def precision(op: str, dtype: torch.dtype) -> str:
+    """In which precision the products of this op are done: what PyTorch's switches say."""
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    cudnn: Any = torch.backends.cudnn
+    switch = cudnn.conv if "conv" in op else cudnn.rnn if op in RECURRENT else torch.backends.cuda.matmul
+    return "tf32" if switch.fp32_precision == "tf32" else "float32"
+
+
+def time_op(session: Session, op: str) -> str:
+    """An op at the shapes of op-shapes.csv or the INR workloads; a provider whose numbers are wrong gets no time."""
+    done = 0
     with gpu_limits(session):
-        benches = {op: importlib.import_module(f"benchmarks.bench_{op}") for op in all_ops()}
-        # A bench with a measure of its own times whole steps on the CPU.
-        queues = {op: bench.cases(True) for op, bench in benches.items() if not hasattr(bench, "measure")}
-        while queues:  # one case of each op in turn, so that a cut leaves some of each
-            for op in list(queues):
-                case = next(queues[op], None)
-                if case is None or session.left() <= 0:
-                    del queues[op]
-                    continue
-                torch.manual_seed(0)
+        for case in importlib.import_module(f"benchmarks.bench_{op}").cases(not session.every_shape):
+            name = run.named(case)
+            if session.left() <= 0:
+                return f"cut: no time for {name} and what follows"
+            if not session.todo(name):
+                continue
+            torch.manual_seed(0)
+            with torch.device(session.device):  # numbers are drawn there: gigabytes would take seconds on the CPU
                 problem = case.build()
-                if session.dry:
-                    if not small_enough(problem):
-                        continue
-                    del queues[op]
-                done += 1
-                red += time_case(session, op, case, to_device(problem, session.device))
-    return f"{'red: ' if red else ''}{done} cases of {len(all_ops())} ops, {red} wrong results"
+            if session.dry and not small_enough(problem):
+                continue
+            with session.item(name):
+                time_case(session, op, case, to_device(problem, session.device))
+            done += 1
+            if session.dry:
+                break
+            del problem
+            torch.cuda.empty_cache()
+    return f"{done} cases"
 
 
-def time_case(session: Session, op: str, case: harness.Case, problem: harness.Problem) -> int:
-    """The rows of one case; how many results of ours are wrong."""
+def time_case(session: Session, op: str, case: harness.Case, problem: harness.Problem) -> None:
+    """The rows of one case. An error where a result of ours is wrong."""
     candidates = harness.providers(problem, False)
     if case.compile and not session.dry and problem.sliced is not None:
+        torch._dynamo.reset()
         compiled = torch.compile(copy.deepcopy(problem.sliced), dynamic=False)
         candidates["compile"] = harness.Provider(compiled, compiled, compiled, problem.inputs)
-    red = 0
+    products = precision(op, case.dtype)
+    wrong = []
     for mode in ("forward", "full"):
         if mode not in case.modes:
             continue
-        verdict = harness.gate(problem, candidates, mode)
-        red += bool(verdict["slimkernels"])
-        bound = session.bound(*work(candidates["plain"], mode), case.dtype)
+        with tf32_floor(products):
+            verdict = harness.gate(problem, candidates, mode)
+        bound = session.bound(*work(candidates["plain"], mode), products) if op not in RECURRENT else float("nan")
         with torch.inference_mode(mode == "forward"):
             times = {
-                name: session.milliseconds(harness.caller(p, mode))
+                name: session.timing(harness.caller(p, mode), 0.05)
                 for name, p in candidates.items()
                 if not verdict[name]
             }
+        if verdict["slimkernels"]:
+            wrong.append(f"{mode}: {verdict['slimkernels']}")
+        ours = times.get("slimkernels")
         for name in candidates:
-            ms = times.get(name)
+            own = times.get(name)
             session.row(
                 "ops",
                 op=op,
@@ -120,14 +147,29 @@ def time_case(session: Session, op: str, case: harness.Case, problem: harness.Pr
                 width=case.width,
                 shape=case.shape,
                 dtype=str(case.dtype).removeprefix("torch."),
+                products=products,
                 mode=mode,
                 provider=name,
                 gate=verdict[name] or "ok",
-                ms=shown(session, ms),
-                over_ours=ratio(ms, times.get("slimkernels")),
-                roofline=ratio(bound, ms),
+                ms=shown(session, own and own[0]),
+                over_ours=ratio(own and own[0], ours and ours[0]),
+                back_to_back_ms=shown(session, own and own[1]),
+                back_to_back_over_ours=ratio(own and own[1], ours and ours[1]),
+                roofline=ratio(bound, own and own[0]),
             )
-    return red
+    if wrong:
+        raise ArithmeticError("; ".join(wrong))
+
+
+@contextlib.contextmanager
+def tf32_floor(products: str) -> Iterator[None]:
+    """Products in tf32 have ten bits, whichever of them PyTorch does exactly."""
+    kept = harness.FLOOR[torch.float32]
+    harness.FLOOR[torch.float32] = 1e-3 if products == "tf32" else kept
+    try:
+        yield
+    finally:
+        harness.FLOOR[torch.float32] = kept
 
 
 def shown(session: Session, ms: float | None) -> str:
@@ -135,90 +177,104 @@ def shown(session: Session, ms: float | None) -> str:
 
 
 def ratio(a: float | None, b: float | None) -> str:
-    known = a is not None and b is not None and a == a and b == b
-    return f"{a / b:.3f}" if known else ""  # type: ignore[operator]
+    return f"{a / b:.3f}" if a is not None and b is not None and a == a and b == b else ""
 
 
 def network(session: Session, name: str) -> tuple[nn.Module, Tensor]:
-    """An elastic network on the device, and a batch for it."""
-    made, size = (DRY_NETWORKS if session.dry else NETWORKS)[name]
+    """An elastic network on the device, and a batch for it, both channels-last."""
+    made, size = DRY_NETWORK if session.dry else NETWORKS[name]
     batch = 2 if session.dry else 64
     torch.manual_seed(0)
     model = elastic.convert(made(), torch.randn(2, *size), widths=list(WIDTHS))
-    return model.to(session.device), torch.randn(batch, *size, device=session.device)
+    x = torch.randn(batch, *size, device=session.device)
+    layout = torch.channels_last
+    return model.to(session.device, memory_format=layout), x.to(memory_format=layout)
 
 
-def time_networks(session: Session) -> str:
+def time_network(session: Session, name: str) -> str:
     """Inference at each width: elastic, deployed, and the extracted plain network eager and compiled."""
-    names = DRY_NETWORKS if session.dry else NETWORKS
     dtype = torch.float32 if session.dry else torch.bfloat16
-    done = 0
-    for name in names:
-        model, x = network(session, name)
-        model, x = model.eval().to(dtype), x.to(dtype).to(memory_format=torch.channels_last)
-        for width in WIDTHS:
-            if session.left() <= 0:
-                break
-            elastic.set_width(model, width)
-            plain = elastic.extract(model, width).eval().to(memory_format=torch.channels_last)
-            calls: dict[str, Any] = {"elastic": model, "plain": plain}
-            calls["deployed"] = elastic.deploy(model, widths=[width])
-            if not session.dry:
-                calls["compile"] = torch.compile(plain, dynamic=False)
-            with torch.inference_mode():
-                expected = plain(x).float()
-                times, off = {}, {}
-                for provider, call in calls.items():
-                    off[provider] = harness.error(call(x).float(), expected.double())
-                    times[provider] = session.milliseconds(partial(call, x))
-            for provider in calls:
-                session.row(
-                    "networks",
-                    net=name,
-                    width=width,
-                    batch=len(x),
-                    provider=provider,
-                    apart_from_plain=f"{off[provider]:.1e}",
-                    ms=shown(session, times[provider]),
-                    over_elastic=ratio(times[provider], times["elastic"]),
-                )
-            done += 1
-    return f"{done} networks and widths"
+    model, x = network(session, name)
+    model, x = model.eval().to(dtype), x.to(dtype)
+    for width in WIDTHS:
+        if session.todo(str(width)):
+            with session.item(str(width)):
+                time_network_at(session, name, model, x, width)
+    return ""
+
+
+def time_network_at(session: Session, name: str, model: nn.Module, x: Tensor, width: float) -> None:
+    elastic.set_width(model, width)
+    plain = elastic.extract(model, width).eval().to(memory_format=torch.channels_last)
+    calls: dict[str, Any] = {"elastic": model, "plain": plain, "deployed": elastic.deploy(model, widths=[width])}
+    if not session.dry:
+        torch._dynamo.reset()
+        calls["compile"] = torch.compile(plain, dynamic=False)
+    with torch.inference_mode():
+        expected = plain(x).double()
+        off, times = {}, {}
+        for provider, call in calls.items():
+            off[provider] = harness.error(call(x), expected)
+            times[provider] = session.milliseconds(partial(call, x))
+    for provider in calls:
+        session.row(
+            "networks",
+            net=name,
+            width=width,
+            batch=len(x),
+            provider=provider,
+            apart_from_plain=f"{off[provider]:.1e}",
+            ms=shown(session, times[provider]),
+            over_elastic=ratio(times[provider], times["elastic"]),
+        )
 
 
 def time_training(session: Session) -> str:
     """A slimmable training step in bfloat16 against plain steps of the same widths, one after another."""
-    name = next(iter(DRY_NETWORKS if session.dry else NETWORKS))
+    name = next(iter(NETWORKS))
     model, x = network(session, name)
     with torch.no_grad():
         classes = model(x).shape[1]
     target = torch.randint(classes, (len(x),), device=session.device)
     loss = nn.functional.cross_entropy
-    x = x.to(memory_format=torch.channels_last)
     amp = None if session.dry else "bf16"
 
-    def plain_step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def plain_step(net: Any, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         with torch.autocast(session.device.type, torch.bfloat16, enabled=amp is not None):
             value = loss(net(x), target)
         value.backward()
         optimizer.step()
 
-    plains = [elastic.extract(model, width).to(memory_format=torch.channels_last) for width in WIDTHS]
-    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3) for net in plains]
-    own = torch.optim.SGD(model.parameters(), lr=1e-3)
+    def separately(compiled: bool) -> Callable[[], None]:
+        plains = [elastic.extract(model, width).to(memory_format=torch.channels_last) for width in WIDTHS]
+        optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3) for net in plains]
+        called = [torch.compile(net, dynamic=False) if compiled else net for net in plains]
 
-    def slimmable() -> None:
-        sandwich_step(model, (x, target), loss, own, widths=list(WIDTHS), distill=None, amp=amp)
+        def steps() -> None:
+            for net, optimizer in zip(called, optimizers, strict=True):
+                plain_step(net, optimizer)
 
-    def separately() -> None:
-        for net, optimizer in zip(plains, optimizers, strict=True):
-            plain_step(net, optimizer)
+        return steps
 
-    for provider, call in {"slimmable step, four widths": slimmable, "four plain steps": separately}.items():
-        ms, mib = session.milliseconds(call, 3.0), session.memory(call)
-        memory = "dry" if session.dry else f"{mib:.0f}"
-        session.row("training", net=name, batch=len(x), provider=provider, ms=shown(session, ms), extra_mib=memory)
+    def slimmable() -> Callable[[], None]:
+        own = torch.optim.SGD(model.parameters(), lr=1e-3)
+        return lambda: sandwich_step(model, (x, target), loss, own, widths=list(WIDTHS), distill=None, amp=amp) and None
+
+    providers = {"slimmable step, four widths": slimmable, "four plain steps": partial(separately, False)}
+    if not session.dry:
+        providers["four plain steps, compiled"] = partial(separately, True)
+    for provider, make in providers.items():
+        if session.todo(provider):
+            with session.item(provider):
+                torch._dynamo.reset()
+                call = make()
+                call()  # allocates what the optimizers keep
+                ms, mib = session.milliseconds(call, 2.0), session.memory(call)
+                memory = "dry" if session.dry else f"{mib:.0f}"
+                session.row(
+                    "training", net=name, batch=len(x), provider=provider, ms=shown(session, ms), extra_mib=memory
+                )
     return f"{name}, batch {len(x)}"
 
 
@@ -243,7 +299,9 @@ def time_generation(session: Session) -> str:
         torch.autograd.grad(weights, list(p), [torch.ones_like(w) for w in weights])
 
     for name, call in {"forward": forward, "forward and backward": both}.items():
-        ms, mib = session.milliseconds(call, 2.0), session.memory(call)
-        memory = "dry" if session.dry else f"{mib:.0f}"
-        session.row("generation", what=name, tensors=len(tensors), ms=shown(session, ms), extra_mib=memory)
+        if session.todo(name):
+            with session.item(name):
+                ms, mib = session.milliseconds(call, 1.0), session.memory(call)
+                memory = "dry" if session.dry else f"{mib:.0f}"
+                session.row("generation", what=name, tensors=len(tensors), ms=shown(session, ms), extra_mib=memory)
     return f"{len(tensors)} tensors"
