@@ -65,7 +65,7 @@ class SlimSyncBatchNorm(SlimBatchNorm, _BatchNorm):
         return group if distributed.get_world_size(group) > 1 else None
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # the public decorator imports the compiler
 def _synchronized(
     x: Tensor,  # (N, c, *)
     weight: Tensor | None,  # (C,)
