@@ -70,8 +70,14 @@ class Follower(TorchDispatchMode):
             return out  # views
         if name in NEW or (mutates and name in KEEP):
             return out
-        for t, labels in zip(made, self._result(func, name, args, kwargs, given, made), strict=False):
-            self.labels.put(t, labels)
+        try:
+            for t, labels in zip(made, self._result(func, name, args, kwargs, given, made), strict=False):
+                self.labels.put(t, labels)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # the model ran: it is the rule that fails
+            for t in given:
+                self.spoil(self.labels.get(t), f"its channels reach a form of {func} that is not followed")
+            for t in made:
+                self.labels.put(t, self._fixed())
         return out
 
     # Rules: the labels of what an operation made.
@@ -231,6 +237,9 @@ class Follower(TorchDispatchMode):
         if fixed:
             self.spoil(labels, self.labels.reason(fixed[0]))
         self.spoil(labels, f"its channels reach {func}, which is not followed")
+        return self._fixed()
+
+    def _fixed(self) -> Tensor:
         return torch.full((), self.labels.fixed(FIXED), dtype=torch.int32)
 
     def _first_fixed(self, t: Tensor) -> int | None:
@@ -270,7 +279,7 @@ class Follower(TorchDispatchMode):
             self._summed(labels, taken)
         else:
             self.spoil(labels, "its channels reach a grouped convolution with a weight of its own")
-        return [torch.full((), self.labels.fixed(FIXED), dtype=torch.int32)]
+        return [self._fixed()]
 
     def _op_glu(self, made: Any, x: Tensor, dim: int = -1) -> list:
         a, b = self._known(x).chunk(2, dim)
@@ -301,7 +310,10 @@ class Follower(TorchDispatchMode):
 
     def _attention(self, made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._summed(self._known(q), self._known(k).movedim(-1, 0))
-        return self._agreed(self._known(v), [v.dim() - 2])
+        labels = self._agreed(self._known(v), [v.dim() - 2])
+        if labels.shape[-3] > 1 and q.shape[-3] > v.shape[-3]:  # a head of keys and values serves several of queries
+            labels = labels.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
+        return labels
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:  # (..., n, k) and (..., k, m)
         a, b = varying(a), varying(b)
