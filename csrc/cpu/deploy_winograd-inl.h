@@ -1,27 +1,6 @@
 // 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3): 36 products of 6x6 inputs make 4x4 outputs, which take 144 otherwise.
-// Points 0, +-sqrt(1/2), +-sqrt(2) and infinity: the squares are powers of two, the error is half that of 0, +-1, +-2.
 
-constexpr float kPointA = 0.70710678118654752f, kPointB = 1.41421356237309505f;
-
-inline void winograd_input(const vf* d, int step, vf* out, int out_step) {
-  const vf d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  const vf p = d4 - 2.0f * d2, q = kPointA * (d3 - 2.0f * d1), r = d4 - 0.5f * d2, s = kPointB * (d3 - 0.5f * d1);
-  out[0] = d0 + d4 - 2.5f * d2;
-  out[out_step] = p + q;
-  out[2 * out_step] = p - q;
-  out[3 * out_step] = r + s;
-  out[4 * out_step] = r - s;
-  out[5 * out_step] = d1 + d5 - 2.5f * d3;
-}
-
-inline void winograd_output(const vf* m, int step, vf* out, int out_step) {
-  const vf a_sum = m[step] + m[2 * step], a_difference = m[step] - m[2 * step];
-  const vf b_sum = m[3 * step] + m[4 * step], b_difference = m[3 * step] - m[4 * step];
-  out[0] = m[0] + a_sum + b_sum;
-  out[out_step] = kPointA * a_difference + kPointB * b_difference;
-  out[2 * out_step] = 0.5f * a_sum + 2.0f * b_sum;
-  out[3 * out_step] = m[5 * step] + 0.5f * kPointA * a_difference + 2.0f * kPointB * b_difference;
-}
+#include "winograd-inl.h"
 
 // One tile's inputs of all channels to `v`, 36 matrices that lie `position` floats apart. Rows and columns from `rows` and
 // `columns` on are outside the padded image: zeros.

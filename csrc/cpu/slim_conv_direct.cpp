@@ -10,6 +10,7 @@
 
 #define SK_INL "slim_conv_direct-inl.h"
 #include "foreach_isa.h"
+#include "slim_conv_winograd.h"
 
 namespace slimkernels {
 namespace {
@@ -50,6 +51,14 @@ bool fits(const at::Tensor& x, const at::Tensor& weight, int64_t out_channels, c
     }
   }
   return false;
+}
+
+// Convolutions of 3x3 and stride 1 in float32 by Winograd's algorithm: 1.1 to 2.4 times as fast for 16 to 64 channels, at 1.5 to 3
+// times PyTorch's error against float64, up to 1e-6.
+bool by_winograd(const at::Tensor& in, at::IntArrayRef out, const at::Tensor& weight, const ConvGeometry& g) {
+  return in.scalar_type() == at::kFloat && current_isa() == Isa::kAvx512 && weight.size(2) == 3 && weight.size(3) == 3 &&
+         g.groups == 1 && g.stride[0] * g.stride[1] * g.dilation[0] * g.dilation[1] == 1 &&
+         winograd_pays(in.size(0), out[2], out[3], in.size(1), out[1]);
 }
 
 int64_t vector_lanes() {
@@ -214,20 +223,25 @@ at::Tensor shifted_filters(const at::Tensor& weight, int64_t pixels, int64_t str
   return out;
 }
 
+// The first `filters` entries, `pixels` times, padded to whole vectors; empty without a bias.
+std::vector<float> bias_floats(const MaybeTensor& bias, int64_t filters, int64_t pixels) {
+  std::vector<float> out;
+  if (!bias) return out;
+  const at::Tensor values = bias->to(at::kFloat).contiguous();
+  for (int64_t p = 0; p < pixels; ++p) {
+    out.insert(out.end(), values.const_data_ptr<float>(), values.const_data_ptr<float>() + filters);
+  }
+  out.resize((out.size() + 15) / 16 * 16);
+  return out;
+}
+
 // y <- act(conv + bias + residual) for a weight of the active size; y is dense.
 void run_forward(const at::Tensor& in, const at::Tensor& active, const MaybeTensor& bias, at::Tensor& y, const ConvGeometry& g,
                  Activation activation, const MaybeTensor& residual) {
   const int64_t filters = active.size(0), pixels = pixels_together(y, active.size(3));
   MaybeTensor r;
   if (residual) r = same_layout(*residual, y);
-  std::vector<float> b;
-  if (bias) {
-    const at::Tensor values = bias->to(at::kFloat).contiguous();
-    for (int64_t p = 0; p < pixels; ++p) {
-      b.insert(b.end(), values.const_data_ptr<float>(), values.const_data_ptr<float>() + filters);
-    }
-    b.resize((b.size() + 15) / 16 * 16);
-  }
+  const std::vector<float> b = bias_floats(bias, filters, pixels);
   at::Tensor weight = active, to = y;
   const int64_t strides[2] = {g.stride[0], g.stride[1] * pixels}, dilations[2] = {g.dilation[0], pixels > 1 ? 1 : g.dilation[1]};
   if (pixels > 1) {
@@ -250,8 +264,17 @@ std::optional<at::Tensor> direct_conv(const at::Tensor& x, const at::Tensor& wei
                                       int64_t out_channels, const ConvGeometry& g, Activation activation,
                                       const MaybeTensor& residual) {
   const c10::DimVector sizes = conv_output_sizes(x, weight, out_channels, g);
-  if (!fits(x, weight, out_channels, g, sizes, Direction::kForward)) return std::nullopt;
+  if (x.dim() != 4 || x.numel() == 0 || conv_format(x, weight) != at::MemoryFormat::ChannelsLast) return std::nullopt;
+  const bool winograd = by_winograd(x, sizes, weight, g);
+  if (!winograd && !fits(x, weight, out_channels, g, sizes, Direction::kForward)) return std::nullopt;
   at::Tensor y = at::empty(sizes, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  if (winograd) {
+    const WeightView view = weight_view(weight, out_channels, x.size(1), false);
+    const std::vector<float> b = bias_floats(bias, out_channels, 1);
+    winograd_conv(channels_last_view(x), weight, view, bias ? b.data() : nullptr, y, g.padding[0], g.padding[1]);
+    add_activate(y, residual, activation);
+    return y;
+  }
   const at::Tensor active = weight.narrow(0, 0, out_channels).narrow(1, 0, x.size(1));
   run_forward(channels_last_view(x), active, bias, y, g, activation, residual);
   return y;
@@ -259,11 +282,17 @@ std::optional<at::Tensor> direct_conv(const at::Tensor& x, const at::Tensor& wei
 
 at::Tensor direct_conv_input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                       const ConvGeometry& g) {
-  if (!fits(x, weight, dy.size(1), g, dy.sizes(), Direction::kInputGradient)) return {};
+  if (x.dim() != 4 || x.numel() == 0 || conv_format(x, weight) != at::MemoryFormat::ChannelsLast) return {};
+  const bool winograd = by_winograd(dy, x.sizes(), weight, g);
+  if (!winograd && !fits(x, weight, dy.size(1), g, dy.sizes(), Direction::kInputGradient)) return {};
   const at::Tensor grad = channels_last_view(dy);
   at::Tensor dx = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const int64_t pads[2] = {g.dilation[0] * (weight.size(2) - 1) - g.padding[0],
                            g.dilation[1] * (weight.size(3) - 1) - g.padding[1]};
+  if (winograd) {
+    winograd_conv(grad, weight, weight_view(weight, dy.size(1), x.size(1), true), nullptr, dx, pads[0], pads[1]);
+    return dx;
+  }
   if (g.stride[0] * g.stride[1] == 1 && pads[0] >= 0 && pads[1] >= 0 && pixels_together(dx, weight.size(3)) > 1) {
     const at::Tensor active = weight.narrow(0, 0, dy.size(1)).narrow(1, 0, x.size(1));
     const ConvGeometry reversed{g.stride, pads, g.output_padding, g.dilation, 1, false};

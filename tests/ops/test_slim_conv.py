@@ -103,6 +103,20 @@ def test_slim_conv_geometry(geometry, channels_last, dtype):
         check_as_good_as_pytorch(slim_conv, oracle, args, kwargs, dtype)
 
 
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("batch", "c", "n", "size"),
+    [(4, 16, 16, (32, 32)), (3, 12, 20, (17, 13)), (64, 64, 64, (8, 8)), (9, 33, 48, (9, 10)), (9, 100, 72, (7, 6))],
+)
+def test_slim_conv_winograd(batch, c, n, size, padding):
+    """Enough pixels for Winograd's algorithm, with tiles that reach over each edge."""
+    for kwargs in (dict(bias=False, residual=False), dict(activation="relu")):
+        args, kwargs = sample(
+            c, n, c + 4, n + 6, (3, 3), size, batch=batch, padding=padding, channels_last=True, **kwargs
+        )
+        check_as_good_as_pytorch(slim_conv, oracle, args, kwargs, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("geometry", GEOMETRIES[:11], ids=str)
