@@ -98,7 +98,7 @@ void conv_tile(const float* x, int64_t step, const deploy::TapRun* runs, int64_t
       int64_t stop = units;
       if (end.fetch_w) {
         stop = std::min<int64_t>(units, k + kLine / 4);
-        for (int64_t i = k; i < stop; i += kLine / (4 * kLanes)) fetch(end.fetch_w + i * kLanes);
+        for (int64_t i = k; i < stop; i += kLine / (4 * kLanes)) fetch(end.fetch_w + (runs[r].packed + i) * kLanes);
       } else if (end.fetch_x) {
         stop = std::min<int64_t>(units, k + kLine / 4);
         for (int p = 0; p < P; ++p) fetch(from + (p + P) * step + k);
@@ -226,7 +226,7 @@ void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
   const int64_t threads = at::get_num_threads();
   const int64_t splits = bands >= threads ? 1 : std::min(panels, (threads + bands - 1) / bands);
   const int64_t parts = static_cast<int64_t>(job.chunks.size()) - 1;
-  const int64_t vector_step = job.depth * kLanes;
+  const int64_t vector_step = job.depth * kLanes, part_units = (job.depth + parts - 1) / parts;
   const int64_t work = job.band * job.out_w * job.depth * all_vectors / splits;
   at::parallel_for(0, bands * splits, 1 + (1 << 15) / (work + 1), [&](int64_t task_begin, int64_t task_end) {
     std::vector<float> sums(parts > 1 ? job.band * job.out_w * job.vectors * kLanes : 0);
@@ -250,6 +250,10 @@ void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
           const deploy::TapRun* runs = job.runs.data() + job.chunks[part];
           const int64_t run_count = job.chunks[part + 1] - job.chunks[part];
           float* sum = sums.data();
+          // The weights that come next, a vector of them with each of the first tiles.
+          const bool deeper = part + 1 < parts, more = deeper || panel + 1 < panels;
+          const int64_t ahead = deeper ? part_units : vectors * vector_step / kLanes - part * part_units;
+          int64_t fetched = job.fetch_weights && more ? 0 : vectors;
           for (int64_t row = row_begin; row < row_end; ++row) {
             const int64_t image = row / job.out_h, line = row % job.out_h;
             const float* x = (const float*)at.x + image * job.x.image + line * job.x.row;
@@ -263,11 +267,13 @@ void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
                            residual ? residual + (j + tile) * job.residual.pixel : nullptr, job.residual.pixel, tile,
                            vectors * kLanes);
               }
+              end.fetch_w = fetched < vectors ? weight + fetched++ * vector_step + ahead * kLanes : nullptr;
               whole(x + j * job.x.pixel, job.x.pixel, runs, run_count, weight, vector_step, end, sum, part == 0,
                     part == parts - 1, residual ? residual + j * job.residual.pixel : nullptr, y + j * job.y.pixel);
               if (parts > 1) sum += tile * vectors * kLanes;
             }
             if (rest) {
+              end.fetch_w = nullptr;
               part_tile(x + j * job.x.pixel, job.x.pixel, runs, run_count, weight, vector_step, end, sum, part == 0,
                         part == parts - 1, residual ? residual + j * job.residual.pixel : nullptr, y + j * job.y.pixel);
               if (parts > 1) sum += rest * vectors * kLanes;
@@ -384,10 +390,12 @@ void depthwise_kernel(const deploy::DepthwiseJob& job, const deploy::Places& at)
 
 #include "deploy_pointwise-inl.h"
 #include "deploy_winograd-inl.h"
+#include "deploy_winograd_small-inl.h"
 
 template <typename T>
 deploy::Kernels kernels_of() {
-  const auto winograd = std::is_same_v<T, float> ? &winograd_kernel : nullptr;
-  return {kLanes,           kTileRegisters,       &conv_kernel<T>,      winograd,
-          &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
+  constexpr bool wide = std::is_same_v<T, float>;
+  const auto winograd = wide ? &winograd_kernel : &small_winograd_kernel<T>;
+  return {kLanes,   kTileRegisters,       &conv_kernel<T>, winograd,
+          wide ? 4 : deploy::kSmallOutputs, &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
 }

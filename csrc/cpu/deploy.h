@@ -120,7 +120,7 @@ constexpr size_t kMaxPlans = 32;  // input shapes that a width keeps a plan for
 Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding,
                   int64_t groups, bool transposed, at::ScalarType dtype, bool winograd);
-at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes);  // undefined where it never pays
+at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes, at::ScalarType dtype);  // undefined where it never pays
 Weights pack_affine(const at::Tensor& scale, const at::Tensor& shift);
 
 std::shared_ptr<const Plan> make_plan(const Bound& bound, const std::vector<at::Tensor>& inputs);

@@ -10,6 +10,7 @@ constexpr int64_t kBandBytes = 192 * 1024;     // input of a band: with a panel 
 constexpr int64_t kPanelBytes = 256 * 1024;    // weights of a panel; deeper ones are summed in parts
 constexpr int64_t kSummedPixels = 256;         // pixels of a band then: their sums stay in cache too
 constexpr int64_t kFetchBytes = 512 * 1024;    // activations from which on the next tile's are asked for ahead
+constexpr int64_t kFetchWeightBytes = 256 * 1024;  // weights from which on the next panel's are asked for ahead
 constexpr int64_t kFlatRow = 112;              // pixels a row where an image is taken as one line of pixels
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -184,6 +185,7 @@ void Planner::conv(int index) {
 
   job.fetch = y.n * y.h * y.w * out.pixel * bound.element > kFetchBytes;
   job.fetch_x = taps_y * taps_x == 1 && x.n * x.h * x.w * in.pixel * bound.element > kFetchBytes;
+  job.fetch_weights = job.depth * vectors * lanes * 4 > kFetchWeightBytes;
   const int64_t panel = job.depth * job.vectors * lanes * 4;
   const int64_t parts = panel > kPanelBytes * 5 / 4 ? (panel + kPanelBytes - 1) / kPanelBytes : 1;
   if (parts > 1) band = std::clamp<int64_t>(kSummedPixels / job.out_w, 1, band);

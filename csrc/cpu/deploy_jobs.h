@@ -42,17 +42,19 @@ struct ConvJob {
   int64_t vectors, tile;        // of outputs, of pixels: the register tile
   int64_t band;                 // output rows (over all images) that are worked on together
   bool fetch, fetch_x;          // outputs (and residual), input: larger than the second-level cache
+  bool fetch_weights;           // too many for it
   Epilogue epilogue;
 };
 
-// Winograd's F(4x4, 3x3): `block` tiles of 4x4 outputs at a time through 36 matrices of inputs (v) and of outputs (m), which lie
-// `v_position` and `m_position` floats apart in a slot of the scratch memory; each slot is worked on by one thread.
+// Winograd's F(4x4, 3x3) in float, F(2x2, 3x3) in bfloat16: `block` tiles of 4x4 (2x2) outputs at a time through 36 (16) matrices of
+// inputs (v) and of outputs (m, always float), which lie `v_position` and `m_position` numbers apart in a slot of the scratch
+// memory; each slot is worked on by one thread.
 struct WinogradJob {
   int64_t images, out_h, out_w, in_c, out_c;
   Plane x, y, residual;
-  const float* weight;    // (36, vectors of outputs, in_c, lanes)
+  const char* weight;     // (matrices, vectors of outputs, in_c, lanes) floats or pairs
   int64_t vectors, tile;  // register tile of the products
-  int64_t block, slots, slot_floats, v_position, m_position;
+  int64_t block, slots, slot_bytes, v_position, m_position;
   bool fetch_weights;  // they are too many for a near cache
   Epilogue epilogue;
 };
@@ -82,13 +84,14 @@ struct PointwiseJob {
 struct Kernels {
   int64_t lanes, tile_registers;  // floats in a vector; accumulators a register tile may have
   void (*conv)(const ConvJob&, const Places&);
-  void (*winograd)(const WinogradJob&, const Places&);  // float only
+  void (*winograd)(const WinogradJob&, const Places&);
+  int64_t winograd_outputs;  // in a row of a tile
   void (*depthwise)(const DepthwiseJob&, const Places&);
   void (*pool)(const PoolJob&, const Places&);
   void (*pointwise)(const PointwiseJob&, const Places&);
 };
 
-constexpr int64_t kMaxVectors = 4, kMaxTile = 14;
+constexpr int64_t kMaxVectors = 4, kMaxTile = 14, kSmallOutputs = 2;
 
 const Kernels& float_kernels();
 const Kernels* bfloat16_kernels();  // null where the machine has no bfloat16 products (or the compiler did not know them)

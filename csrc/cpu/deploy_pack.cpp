@@ -54,8 +54,8 @@ Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bia
     const at::Tensor packed = by_vectors(values.permute({2, 3, 1, 0}).reshape({taps, w.in, w.out}), lanes, dtype);
     w.packed = packed.transpose(0, 1).contiguous();
     const bool one_step = w.stride[0] == 1 && w.stride[1] == 1 && w.dilation[0] == 1 && w.dilation[1] == 1;
-    if (winograd && dtype == at::kFloat && w.kernel_h == 3 && w.kernel_w == 3 && one_step) {
-      w.winograd = pack_winograd(weight, lanes);
+    if (winograd && w.kernel_h == 3 && w.kernel_w == 3 && one_step) {
+      w.winograd = pack_winograd(weight, lanes, dtype);
     }
   } else if (separate) {
     w.packed = by_vectors(values.permute({2, 3, 0, 1}).reshape({taps, w.in, w.out}), lanes, dtype);

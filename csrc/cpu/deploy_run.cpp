@@ -325,7 +325,8 @@ std::vector<StepTime> Bound::time(std::vector<at::Tensor> inputs, int64_t repeat
     } else if (a.runs == Runs::kWinograd) {
       const WinogradJob& job = plan->winograds[a.index];
       time.flops = 2 * 9 * job.images * job.out_h * job.out_w * job.out_c * job.in_c;
-      time.bytes += 36 * job.in_c * job.out_c * 4;
+      const int64_t row = kernels->winograd_outputs + 2;
+      time.bytes += row * row * job.in_c * job.out_c * element;
     } else if (a.runs == Runs::kDepthwise) {
       const DepthwiseJob& job = plan->depthwises[a.index];
       time.flops = 2 * job.images * job.out_h * job.out_w * job.channels * job.kernel_h * job.kernel_w;

@@ -71,7 +71,7 @@ inline void winograd_kernel(const deploy::WinogradJob& job, const deploy::Places
     TileEnd<float> none{};
     none.bias = zeros, none.y_pixel = out_step, none.tail = kLanes;
     for (int64_t slot = first_slot; slot < last_slot; ++slot) {
-      float* v = reinterpret_cast<float*>(at.scratch) + slot * job.slot_floats;
+      float* v = reinterpret_cast<float*>(at.scratch + slot * job.slot_bytes);
       float* m = v + 36 * job.v_position;
       for (int64_t begin = slot * job.block; begin < tiles; begin += job.slots * job.block) {
         const int64_t count = std::min(job.block, tiles - begin);
@@ -84,7 +84,7 @@ inline void winograd_kernel(const deploy::WinogradJob& job, const deploy::Places
         for (int64_t position = 0; position < 36; ++position) {
           for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t vector = panel * job.vectors, wide = std::min(job.vectors, vectors - vector);
-            const float* weight = job.weight + (position * vectors + vector) * vector_step;
+            const float* weight = (const float*)job.weight + (position * vectors + vector) * vector_step;
             const ConvTile<float> whole = pick_tile<float>(wide, tile);
             const bool more = job.fetch_weights && (panel + 1 < panels || position < 35);
             for (int64_t t = 0, vectors_fetched = 0; t < count; t += tile) {

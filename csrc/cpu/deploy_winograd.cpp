@@ -20,29 +20,33 @@ int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
 
-at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  if (out < kLeastChannels || in < kLeastChannels) return {};
+at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes, at::ScalarType dtype) {
+  const int64_t out = weight.size(0), in = weight.size(1), pair = dtype == at::kBFloat16 ? 2 : 1;
+  if (out < kLeastChannels || in < kLeastChannels || in % pair) return {};
   const double a = std::sqrt(0.5), b = std::sqrt(2.0);
-  const std::vector<double> rows{1,       0,      0,         -1 / 1.5, -a / 1.5, -0.5 / 1.5, -1 / 1.5, a / 1.5, -0.5 / 1.5,
-                                 1 / 6.0, b / 6., 2.0 / 6.0, 1 / 6.0,  -b / 6.0, 2.0 / 6.0,  0,        0,       1};
-  const at::Tensor g = at::tensor(rows, at::kDouble).reshape({6, 3});
-  // (36, in, out) to (36, vectors of out, in, lanes)
-  at::Tensor u = at::einsum("pk,oikl,ql->pqio", {g, weight.to(at::kDouble), g}).reshape({36, in, out});
-  u = at::constant_pad_nd(u, {0, up(out, lanes) - out}).reshape({36, in, up(out, lanes) / lanes, lanes});
-  return u.transpose(1, 2).to(at::kFloat).contiguous();
+  std::vector<double> rows{1,       0,      0,         -1 / 1.5, -a / 1.5, -0.5 / 1.5, -1 / 1.5, a / 1.5, -0.5 / 1.5,
+                           1 / 6.0, b / 6., 2.0 / 6.0, 1 / 6.0,  -b / 6.0, 2.0 / 6.0,  0,        0,       1};
+  if (pair == 2) rows = {1, 0, 0, 0.5, 0.5, 0.5, 0.5, -0.5, 0.5, 0, 0, 1};
+  const at::Tensor g = at::tensor(rows, at::kDouble).reshape({-1, 3});
+  const int64_t matrices = g.size(0) * g.size(0);
+  // (matrices, in, out) to (matrices, vectors of out, in units, lanes, pair)
+  at::Tensor u = at::einsum("pk,oikl,ql->pqio", {g, weight.to(at::kDouble), g}).reshape({matrices, in, out});
+  u = at::constant_pad_nd(u, {0, up(out, lanes) - out}).reshape({matrices, in / pair, pair, up(out, lanes) / lanes, lanes});
+  return u.permute({0, 3, 1, 4, 2}).to(dtype).contiguous();
 }
 
-// Cycles by what was measured on Zen 5: 32 products a cycle, about 110 and 90 cycles for a vector of channels to be brought into
-// the 36 matrices and back, and 6 bytes of weights a cycle, which are too many for any near cache.
+// Cycles by what was measured on Zen 5: 32 products (of pairs) a cycle, about 110 and 90 cycles for a vector of channels to be
+// brought into the 36 matrices and back (45 and 35 for the 16), and 6 bytes of weights a cycle, which are too many for any near
+// cache.
 bool Planner::pays_winograd(int64_t tiles, int64_t pixels, int64_t in, int64_t out) const {
   const int64_t lanes = bound.kernels->lanes, in_vectors = up(in, lanes) / lanes, out_vectors = up(out, lanes) / lanes;
-  const double products = static_cast<double>(in * out_vectors) / 2;
+  const bool small = bound.kernels->winograd_outputs == kSmallOutputs;
+  const double products = static_cast<double>(in * out_vectors) / 2 / (small ? 2 : 1), matrices = small ? 16 : 36;
   const double direct = static_cast<double>(pixels) * 9 * products;
   const double blocks = std::max<double>(1, static_cast<double>(tiles) / kLeastBlock);
-  const double weights = 36.0 * 4 * static_cast<double>(in * out_vectors * lanes) * blocks;
-  const double work = static_cast<double>(tiles) * (36 * products + 110.0 * static_cast<double>(in_vectors) +
-                                                    90.0 * static_cast<double>(out_vectors));
+  const double weights = matrices * static_cast<double>(bound.element * in * out_vectors * lanes) * blocks;
+  const double work = static_cast<double>(tiles) * (matrices * products + (small ? 45.0 : 110.0) * static_cast<double>(in_vectors) +
+                                                    (small ? 35.0 : 90.0) * static_cast<double>(out_vectors));
   const double total = std::max(work, weights / 6 + work / 4);
   return total < 0.85 * direct;
 }
@@ -53,31 +57,33 @@ bool Planner::winograd(int index) {
   const int from = step.inputs[0];
   const Value &x = plan.values[from], &y = plan.values[step.output];
   if (!w.winograd.defined()) return false;
-  const int64_t tiles = x.n * up(y.h, 4) / 4 * (up(y.w, 4) / 4), lanes = bound.kernels->lanes;
+  const int64_t side = bound.kernels->winograd_outputs, matrices = (side + 2) * (side + 2), lanes = bound.kernels->lanes;
+  const int64_t tiles = x.n * (up(y.h, side) / side) * (up(y.w, side) / side);
   if (!pays_winograd(tiles, y.n * y.h * y.w, x.c, y.c)) return false;
   WinogradJob job{};
   job.images = x.n, job.out_h = y.h, job.out_w = y.w, job.in_c = x.c, job.out_c = y.c;
   job.x = plane(from), job.y = plane(step.output);
   if (step.residual >= 0) job.residual = plane(step.residual);
-  job.weight = w.winograd.const_data_ptr<float>();
+  job.weight = static_cast<const char*>(w.winograd.const_data_ptr());
   job.epilogue = {step.activation, w.bias.const_data_ptr<float>()};
   const int64_t in = up(x.c, lanes), out = up(y.c, lanes);
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / (36 * 4 * (in + out)), kLeastBlock, kMostBlock);
-  const int64_t weight_bytes = 36 * x.c * out * 4;
+  const int64_t tile_bytes = matrices * (in * bound.element + out * 4);
+  const int64_t block = std::clamp<int64_t>(kBlockBytes / tile_bytes, kLeastBlock, kMostBlock);
+  const int64_t weight_bytes = matrices * x.c * out * bound.element;
   job.fetch_weights = weight_bytes > kBlockBytes;
   const int64_t blocks = (tiles + block - 1) / block;
   job.block = (tiles + blocks - 1) / blocks;
-  std::tie(job.vectors, job.tile) = pick_tile(*bound.kernels, job.block, out / lanes, x.c);
-  // A line more than a multiple of the page size, so that the 36 matrices do not share their places in the cache.
+  std::tie(job.vectors, job.tile) = pick_tile(*bound.kernels, job.block, out / lanes, x.c * bound.element / 4);
+  // A line more than a multiple of the page size, so that the matrices do not share their places in the cache.
   job.v_position = job.block * in + 16, job.m_position = job.block * out + 16;
-  job.slot_floats = 36 * (job.v_position + job.m_position);
+  job.slot_bytes = matrices * (job.v_position * bound.element + job.m_position * 4);
   job.slots = std::min<int64_t>(blocks, at::get_num_threads());
-  plan.scratch_bytes = std::max(plan.scratch_bytes, job.slots * job.slot_floats * 4);
+  plan.scratch_bytes = std::max(plan.scratch_bytes, job.slots * job.slot_bytes);
   const int64_t shift = first_pixel(from) - (w.padding[0] * job.x.row + w.padding[1] * job.x.pixel) * bound.element;
   plan.actions.push_back({Runs::kWinograd, static_cast<int>(plan.winograds.size()), from, step.residual, step.output, shift,
                           first_pixel(step.output), index});
   plan.winograds.push_back(job);
-  plan.descriptions[index] = "Winograd F(4x4, 3x3), " + std::to_string(job.block) + " tiles at a time, depth " +
+  plan.descriptions[index] = std::string(side == 4 ? "Winograd F(4x4, 3x3), " : "Winograd F(2x2, 3x3), ") + std::to_string(job.block) + " tiles at a time, depth " +
                              std::to_string(x.c);
   return true;
 }

@@ -64,6 +64,26 @@ def test_as_good_as_pytorch(name):
     assert sum(t.flops for t in deployed.profile(x, repeats=1)) == sum(t.flops for t in direct.profile(x, repeats=1))
 
 
+@pytest.mark.skipif(_C is not None and not _C.deploy_has_bfloat16(), reason="needs bfloat16 products")
+@pytest.mark.parametrize("name", ["no-padding-residual", "wide-padding", "padding-0", "deep"])
+@torch.no_grad()
+def test_bfloat16_as_good_as_pytorch(name):
+    torch.manual_seed(0)
+    net, shape = CASES[name]
+    net, x = copy.deepcopy(net).eval(), torch.randn(shape).bfloat16()
+    for buffer in net.buffers():
+        buffer.add_(torch.rand_like(buffer.float()).to(buffer.dtype))
+    model = elastic.convert(net, x.float(), divisor=1)
+    exact = copy.deepcopy(net).double()(x.double())
+    limit = 2 * error(copy.deepcopy(net).bfloat16()(x), exact)  # without the floor
+    deployed, direct = (elastic.deploy(model, dtype=torch.bfloat16, winograd=w) for w in (True, False))
+    assert error(deployed(x), exact) <= limit
+    assert error(direct(x), exact) <= limit
+    assert "Winograd F(2x2, 3x3)" in runs_on(deployed, "conv")
+    assert "Winograd" not in runs_on(direct, "conv")
+    assert sum(t.flops for t in deployed.profile(x, repeats=1)) == sum(t.flops for t in direct.profile(x, repeats=1))
+
+
 @torch.no_grad()
 def test_where_it_runs():
     x = torch.randn(1, 3, 16, 16)
