@@ -19,7 +19,7 @@ def coordinates(tensor, c_out: int, c_in: int, norm: float, dtype: torch.dtype) 
     grid = torch.cartesian_prod(a, b).reshape(-1, 2)
     rest = torch.tensor([tensor.layer, tensor.layers, c_out, c_in], dtype=dtype).expand(len(grid), 4)
     x = torch.cat([rest[:, :1], grid, rest[:, 1:]], 1)
-    divisor = torch.tensor([tensor.layers, c_out, c_in, norm, norm, norm], dtype=dtype)
+    divisor = torch.tensor([tensor.layers, *(tensor.positions or (c_out, c_in)), norm, norm, norm], dtype=dtype)
     return x / divisor
 
 

@@ -35,7 +35,7 @@ void add_gradients(const InrPlan& p, const InrGradients& from, InrGradients& to)
   for (int64_t k = 0; k < p.depth; ++k) to.skip[k] += from.skip[k];
 }
 
-constexpr int64_t kSpec = 7;  // integers a tensor, as the reference packs them
+constexpr int64_t kSpec = 9;  // integers a tensor, as the reference packs them
 
 // The parameters as the kernel reads them: float32, but for the large weights when they are multiplied in 16 bits.
 struct Operands {
@@ -112,6 +112,9 @@ InrPlan make_plan(const Operands& x, at::IntArrayRef active, at::IntArrayRef spe
     job.c_out = active[2 * j], job.c_in = active[2 * j + 1];
     TORCH_CHECK_VALUE(job.c_out >= 1 && job.c_in >= 1, "inr_weights: expected active[", j,
                       "] to be at least (1, 1), got (", job.c_out, ", ", job.c_in, ")");
+    TORCH_CHECK_VALUE(s[7] >= 0 && s[8] >= 0, "inr_weights: expected tensors[", t,
+                      "].positions to be two positive sizes, got (", s[7], ", ", s[8], ")");
+    job.places_out = s[7] ? s[7] : job.c_out, job.places_in = s[8] ? s[8] : job.c_in;
     TORCH_CHECK_VALUE(job.mlp >= 0 && job.mlp < p.mlps, "inr_weights: expected tensors[", t, "].mlp between 0 and ",
                       p.mlps - 1, ", got ", job.mlp);
     TORCH_CHECK_VALUE(job.kernel >= 1 && job.tile_out >= 1 && job.tile_in >= 1 &&

@@ -38,6 +38,7 @@ enum class InrNoise { kNone, kAxis, kElement };
 
 struct InrJob {
   int64_t tensor, mlp, layer, layers, kernel, tile_out, tile_in, layout, c_out, c_in;
+  int64_t places_out, places_in;  // positions are divided by
   int64_t rows, cols, points, emitted,
       first_out;               // points = rows * cols; outputs [first_out, first_out + emitted) are used
   int64_t start, saved_start;  // first weight; first saved activation
@@ -126,7 +127,8 @@ struct InrOffsets {
 inline float inr_value(const InrPlan& plan, const InrJob& job, int64_t axis, int64_t position, float offset) {
   const int64_t raw[] = {job.layer, 0, 0, job.layers, job.c_out, job.c_in};
   const int64_t step[] = {1, job.tile_out, job.tile_in, 1, 1, 1};
-  const float divisor[] = {float(job.layers), float(job.c_out), float(job.c_in), plan.norm, plan.norm, plan.norm};
+  const float divisor[] = {float(job.layers), float(job.places_out), float(job.places_in),
+                           plan.norm,         plan.norm,             plan.norm};
   return (float(position) + float(raw[axis]) + offset) * float(step[axis]) / divisor[axis];
 }
 

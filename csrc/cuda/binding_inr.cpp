@@ -89,10 +89,11 @@ Call make_call(const std::vector<Tensor>& networks, const std::optional<Tensor>&
   for (int64_t j = 0; j < c.job_count; ++j) {
     const int64_t* r = rows.data() + j * kJobColumns;
     SkInrJob& job = jobs[j];
-    job = {r[0], r[1],  r[2],  r[3],  r[4],  r[5],    r[6],  r[7],  r[8],
-           r[9], r[10], r[11], r[12], r[13], nullptr, r[15], r[16], r[17]};
+    job = {r[0],  r[1],  r[2],  r[3],  r[4],  r[5],  r[6],    r[7],  r[8],  r[9],
+           r[10], r[11], r[12], r[13], r[14], r[15], nullptr, r[17], r[18], r[19]};
     STD_TORCH_CHECK(job.mlp >= 0 && job.mlp < p && job.kernel >= 1 && job.tile_out >= 1 && job.tile_in >= 1 &&
                         job.kernel * job.tile_out * job.tile_in <= c.real_outputs && job.c_out >= 1 && job.c_in >= 1 &&
+                        job.places_out >= 1 && job.places_in >= 1 &&
                         job.tensor >= 0 && (!scale || job.tensor < scale->size(0)) &&
                         (base.empty() || job.tensor < int64_t(base.size())),
                     op, ": expected jobs[", j, "] to fit the networks");

@@ -36,8 +36,8 @@ __device__ __forceinline__ float inr_value(const SkInr& call, const SkInrJob& jo
   const int64_t raw = axis == 0 ? job.layer : axis == 3 ? job.layers : axis == 4 ? job.c_out : axis == 5 ? job.c_in : 0;
   const int64_t step = axis == 1 ? job.tile_out : axis == 2 ? job.tile_in : 1;
   const float divisor = axis == 0   ? float(job.layers)
-                        : axis == 1 ? float(job.c_out)
-                        : axis == 2 ? float(job.c_in)
+                        : axis == 1 ? float(job.places_out)
+                        : axis == 2 ? float(job.places_in)
                                     : call.norm;
   const float at = float(position) + float(raw) + inr_offset(call, sample, job.tensor, axis, index);
   return at * float(step) / divisor;

@@ -27,6 +27,7 @@ enum SkOperand { kSkOperandFloat = 0, kSkOperandTf32 = 1, kSkOperandBfloat16 = 2
 // One tensor at one width. Sorted by network; tiles of all jobs and samples are numbered one after another.
 struct SkInrJob {
   int64_t tensor, mlp, layer, layers, kernel, tile_out, tile_in, layout, c_out, c_in;
+  int64_t places_out, places_in;           // channels that positions are divided by
   int64_t start;                           // of its weights in the result
   int64_t tile_begin, tiles;               // its first tile; tiles in one sample
   int64_t table_begin;                     // its first row in the tables: samples * (rows + columns) of them

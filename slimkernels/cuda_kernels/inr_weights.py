@@ -141,7 +141,7 @@ def job_table(
         count = -(-(job.rows * job.cols) // tile)
         rows.append([
             job.tensor, job.mlp, job.layer, job.layers, job.kernel, job.tile_out, job.tile_in, job.layout, job.c_out,
-            job.c_in, starts[j], tiles, count, table_rows, *where,
+            job.c_in, job.places_out or job.c_out, job.places_in or job.c_in, starts[j], tiles, count, table_rows, *where,
         ])  # fmt: skip
         tiles += count * (samples if per_sample else 1)
         table_rows += samples * (job.rows + job.cols) if noise != "element" else 0

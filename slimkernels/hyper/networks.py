@@ -55,7 +55,7 @@ class InrNetworks(nn.Module):
         self.absolute = absolute
         self.targets, self.norm, self.activation, self.compat = tuple(targets), norm, activation, compat
         self.tensors: list[InrTensor] = [
-            t.inr(first + i, total, 0 if shared else i) for i, t in enumerate(self.targets)
+            t.inr(first + i, total, 0 if shared else i, absolute) for i, t in enumerate(self.targets)
         ]
         count, depth, encoding = 1 if shared else len(targets), layers - 1, 6 + 12 * bands
         groups = [self.targets] if shared else [(target,) for target in self.targets]
@@ -87,13 +87,15 @@ class InrNetworks(nn.Module):
         first_sample: int,
     ) -> dict[str, Tensor]:
         w_in = self._w_in()
-        b_in, scale = self._at_width(w_in, units) if self.absolute else (self.b_in, self.scale)
-        made_at = None if self.absolute else units
-        base = None if originals is None else [t.base(originals[t.name], made_at).float() for t in self.targets]
+        cut = [i for i, t in enumerate(self.targets) if self.absolute and not t.leading(units)]
+        b_in, scale = self._at_width(w_in, units, cut) if cut else (self.b_in, self.scale)
+        base, read = None, None if self.absolute else units  # of a full tensor the op takes the leading slice
+        if originals is not None:
+            base = [t.base(originals[t.name], read).float() for t in self.targets]
         generated = inr_weights(
             InrParameters(w_in, b_in, self.w_hidden, self.b_hidden, self.skip, self.w_out, self.b_out),
             self.tensors,
-            [t.whole() if self.absolute else t.active(units) for t in self.targets],
+            [t.whole() if i in cut else t.active(units) for i, t in enumerate(self.targets)],
             norm=self.norm,
             base=base,
             scale=scale,
@@ -107,21 +109,24 @@ class InrNetworks(nn.Module):
         )
         weights = {}
         for i, (target, w, dtype) in enumerate(zip(self.targets, generated, dtypes, strict=True)):
-            w = target.taken(w.reshape(target.shape), units) if self.absolute else w.reshape(target.shape_at(units))
+            w = target.taken(w.reshape(target.shape), units) if i in cut else w.reshape(target.shape_at(units))
             if self.gain is not None and target.layout != "bias":
                 w = _standardized(w, 1 if target.layout == "iohw" else 0) * self.gain[i]
             weights[target.name] = w.to(dtype)
         return weights
 
-    def _at_width(self, w_in: Tensor, units: Mapping[str, int]) -> tuple[Tensor, Tensor]:  # (T, H), (T,)
-        """The first layer's bias and the scales with which the positions of the full width give the weights of another:
-        with the coordinates of the active sizes, and divided by the active inputs."""
+    def _at_width(
+        self, w_in: Tensor, units: Mapping[str, int], cut: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:  # (T, H), (T,)
+        """The first layer's bias and the scales with which the tensors ``cut``, generated at full size as their active
+        channels are not the first ones, are those of another width: with the coordinates of the active sizes, and
+        divided by the active inputs."""
         moved = torch.zeros(w_in.shape[0], w_in.shape[2], dtype=torch.float64)
         bands = (w_in.shape[2] - AXES) // (2 * AXES)
-        share = []
-        for i, target in enumerate(self.targets):
-            active, whole = target.active(units), target.whole()
-            share.append(whole[1] / active[1])
+        share = [1.0] * len(self.targets)
+        for i in cut:
+            active, whole = self.targets[i].active(units), self.targets[i].whole()
+            share[i] = whole[1] / active[1]
             for axis, sizes in zip((4, 5), zip(active, whole, strict=True), strict=True):
                 encoded = encode_axis(torch.tensor(sizes, dtype=torch.float64) / self.norm, bands)
                 moved[i, axis_columns(axis, bands, self.compat)] = encoded[0] - encoded[1]

@@ -42,8 +42,8 @@ class Target:
         """Numbers that one coordinate emits."""
         return math.prod(self.kernel) * self.tile[0] * self.tile[1]
 
-    def inr(self, layer: int, layers: int, mlp: int) -> InrTensor:
-        return InrTensor(layer, layers, self.kernel, mlp, self.layout, self.tile)
+    def inr(self, layer: int, layers: int, mlp: int, absolute: bool) -> InrTensor:
+        return InrTensor(layer, layers, self.kernel, mlp, self.layout, self.tile, self.whole() if absolute else None)
 
     def sizes(self, units: Mapping[str, int]) -> tuple[int, ...]:
         """Active sizes of the first two axes (one, of a bias)."""
@@ -62,6 +62,10 @@ class Target:
         if self.layout == "iohw":
             return sizes[1], sizes[0]
         return sizes[0], sizes[1] // self.per_unit
+
+    def leading(self, units: Mapping[str, int]) -> bool:
+        """Whether the active channels are the first ones."""
+        return all(dim is None or len(dim.runs) == 1 or dim.active(units) == dim.size for dim in self.dims)
 
     def whole(self) -> tuple[int, int]:
         """Output and input channels at full width."""

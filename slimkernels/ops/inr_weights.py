@@ -36,6 +36,7 @@ class InrTensor:
     mlp: int = 0  # which of the P networks
     layout: str = "oihw"  # "oihw" | "iohw" (transposed convolution) | "channels_last" | "bias" (shape (C,))
     tile: tuple[int, int] = (1, 1)  # output and input channels that one coordinate emits
+    positions: tuple[int, int] | None = None  # (output, input) channels of the full width; None: of the active one
 
     def shape(self, c_out: int, c_in: int) -> tuple[int, ...]:
         if self.layout == "bias":
@@ -44,7 +45,8 @@ class InrTensor:
 
     def packed(self) -> list[int]:
         elements = math.prod(self.kernel)
-        return [self.mlp, self.layer, self.layers, elements, *self.tile, LAYOUTS.index(self.layout)]
+        layout = LAYOUTS.index(self.layout)
+        return [self.mlp, self.layer, self.layers, elements, *self.tile, layout, *(self.positions or (0, 0))]
 
 
 def inr_weights(
@@ -76,6 +78,7 @@ def inr_weights(
         h = act(e @ w_in.T + b_in);  for each hidden layer k: h = h + skip[k] * act(h @ w_hidden[k].T + b_hidden[k])
         w = base[:c_out, :c_in] + scale * (h @ w_out.T + b_out) / c_in
 
+    With ``positions`` of a tensor ``(C_out, C_in)`` the channels are at ``a / C_out`` and ``b / C_in`` at every width.
     A bias has layout "bias" and active size ``(C, 1)``. The coordinates are never stored. Gradients: all parameters,
     ``scale`` and ``base``; no double backward (``slimkernels.reference.inr_weights`` has it).
 
@@ -238,6 +241,10 @@ def check_tensors(p: InrParameters, tensors: Sequence[InrTensor], active: Sequen
             raise ValueError(f"inr_weights: expected tensors[{t}].mlp between 0 and {count - 1}, got {tensor.mlp}")
         if tensor.layers < 1:
             raise ValueError(f"inr_weights: expected tensors[{t}].layers to be at least 1, got {tensor.layers}")
+        if tensor.positions is not None and (len(tensor.positions) != 2 or min(tensor.positions) < 1):
+            raise ValueError(
+                f"inr_weights: expected tensors[{t}].positions to be two positive sizes, got {tensor.positions}"
+            )
         emitted = math.prod(tensor.kernel) * tensor.tile[0] * tensor.tile[1]
         if min(*tensor.tile, *tensor.kernel, 1) < 1 or emitted > outputs:
             raise ValueError(

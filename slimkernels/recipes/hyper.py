@@ -106,14 +106,15 @@ DIGIT_ARMS = (
     Arm("alone", lr=1.5e-3, alone=True),
 )
 BLOCKS = tuple(f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3))
-BLOCKS_FITTED: Mapping[str, Any] = {**FITTED, "reconstruction_steps": 300}
+ALL_BLOCKS: Mapping[str, Any] = {**SCRATCH, "train_previous": True}
+BLOCKS_FITTED: Mapping[str, Any] = {**FITTED, "train_previous": True, "reconstruction_lr": 1e-2}
 CIFAR_ARMS = (
-    Arm("slimmable", lr=1e-3),
-    Arm("residual", "residual", base="residual", lr=6e-3),
-    Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
+    Arm("slimmable", lr=3e-3),
+    Arm("residual", "residual", base="residual", lr=1.5e-2),
+    Arm("scratch", "neumeta", lr=3e-3, generator=STANDARDIZED, trainer=SCRATCH),
     Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, generator={**FIXED, "hidden": 128}, trainer=BLOCKS_FITTED),
-    Arm("blockwise, residual", "blockwise", blocks=BLOCKS, base="residual", lr=6e-3, trainer=SCRATCH),
-    Arm("alone", lr=1e-3, alone=True),
+    Arm("blockwise, residual", "blockwise", blocks=BLOCKS, base="residual", lr=1.5e-2, trainer=ALL_BLOCKS),
+    Arm("alone", lr=3e-3, alone=True),
 )
 BLOCK_ARMS = (
     Arm("slimmable", lr=1e-3),
@@ -385,7 +386,7 @@ def make_trainer(
     optimizer = torch.optim.AdamW(groups, lr=arm.lr, weight_decay=0.0)
     options["scheduler"] = cosine(optimizer, recipe.steps)
     if arm.mode == "blockwise":
-        options["steps_per_block"] = max(1, recipe.steps // len(generator.blocks))
+        options["steps_per_block"] = max(1, recipe.steps // (2 * len(generator.blocks)))  # then all of them
     return train.HypernetTrainer(generator, F.cross_entropy, optimizer, mode=arm.mode, **options)
 
 

@@ -17,7 +17,9 @@ from slimkernels.reference._activation import activation as apply_activation
 from slimkernels.reference._activation import activation_backward
 
 AXES = 6  # layer, output channel, input channel, number of layers, output channels, input channels
-SPEC = 7  # integers a tensor: mlp, layer, layers, kernel elements, tile_out, tile_in, layout
+# Integers a tensor: mlp, layer, layers, kernel elements, tile_out, tile_in, layout, and the (output, input) channels that
+# positions are divided by, 0 for the active ones.
+SPEC = 9
 LAYOUTS = ("oihw", "iohw", "channels_last", "bias")
 OUTPUT_ACTIVATIONS = ("none", "relu", "elu", "relu6", "tanh", "sigmoid")  # derivative from the output
 CHUNK = 32768  # coordinates evaluated at a time
@@ -47,6 +49,8 @@ class Job:
     tile_out: int
     tile_in: int
     layout: int
+    places_out: int
+    places_in: int
     c_out: int
     c_in: int
 
@@ -71,7 +75,8 @@ class Job:
         return 1.0, float((self.layer, 0, 0, self.layers, self.c_out, self.c_in)[axis])
 
     def divisor(self, axis: int, norm: float) -> float:
-        return float((self.layers, self.c_out, self.c_in, norm, norm, norm)[axis])
+        places = self.places_out or self.c_out, self.places_in or self.c_in
+        return float((self.layers, *places, norm, norm, norm)[axis])
 
 
 def jobs(active: Sequence[int], spec: Sequence[int]) -> list[Job]:

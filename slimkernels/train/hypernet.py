@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels.elastic.plan import Width
 from slimkernels.train._common import autocast, call, device_of, eval_mode, map_tensors, move, split_batch
 from slimkernels.train.data import iter_is_self
 from slimkernels.train.distill import Distillation, distillation
@@ -38,10 +39,11 @@ class HypernetTrainer(Trainer):
     | `residual`  | ``base="residual"``      | sandwich      | KL to the full width |
 
     Mode `blockwise` generates and trains one block after another: each starts as a copy of the one before (with base
-    "residual", of its hidden layers: a block starts as the target's own), and earlier ones stay as they are. Without base,
-    ``reconstruction_steps`` of regression onto the target's own weights (``hyper.reconstruct``) come before the first step,
-    and before the first step of every block: a network that does not start there learns to give nothing, and its residual
-    branch stays dead.
+    "residual", of its hidden layers: a block starts as the target's own), and earlier ones stay as they are (but see
+    ``train_previous``). The blocks to come run at full width with the target's own weights: sliced, they would teach those
+    before them noise. Without base, ``reconstruction_steps`` of regression onto the target's own weights
+    (``hyper.reconstruct``) come before the first step, and before the first step of every block: a network that does not
+    start there learns to give nothing, and its residual branch stays dead.
 
     Validation generates a plain network at each width (mean over ``eval_samples`` noisy samples) and says in the column
     ``seen`` whether the width is one of those trained.
@@ -61,6 +63,7 @@ class HypernetTrainer(Trainer):
         eval_samples: the same in validation; 1: no noise.
         eval_widths: None: the listed widths and the middles between them, or five over a range.
         steps_per_block: of mode `blockwise`; the last block trains until the end.
+        train_previous: in mode `blockwise`, go on training the blocks before.
         calibration_loader, calibration_batches: where the batch-norm statistics of the validated networks come from
             (None: the training data), for targets that have any.
         options: every keyword of ``Trainer``.
@@ -92,6 +95,7 @@ class HypernetTrainer(Trainer):
         eval_samples: int = 1,
         eval_widths: Sequence[float] | None = None,
         steps_per_block: int | None = None,
+        train_previous: bool = False,
         metrics: Mapping[str, Metric] | None = None,
         calibration_loader: Iterable[Any] | None = None,
         calibration_batches: int | None = 32,
@@ -132,7 +136,7 @@ class HypernetTrainer(Trainer):
         self.reconstruction = defaults["reconstruction"] if reconstruction is None else reconstruction
         self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
         self.samples, self.eval_samples = samples, eval_samples
-        self.steps_per_block = steps_per_block
+        self.steps_per_block, self.train_previous = steps_per_block, train_previous
         self.block = -1  # of mode "blockwise": the one being trained
         if isinstance(rule, WidthSampler):
             self.sampler = rule
@@ -168,8 +172,9 @@ class HypernetTrainer(Trainer):
             taught = self._teach(inputs)
         for w in widths:
             with autocast(self.generator, self.amp):
-                weights = self.generator(w, self.samples, blocks=self._blocks())
-                output = self.generator.call(inputs, w, weights)
+                at = self.width_of(w)
+                weights = self.generator(at, self.samples, blocks=self._blocks())
+                output = self.generator.call(inputs, at, weights)
                 loss = self._loss(output, targets, taught)
             if self.distill is not None and taught is None:
                 taught = map_tensors(output, Tensor.detach)
@@ -215,6 +220,15 @@ class HypernetTrainer(Trainer):
     def _blocks(self) -> int | None:
         return self.block + 1 if self.mode == "blockwise" else None
 
+    def width_of(self, width: float) -> Width:
+        """What runs at a width: in mode `blockwise`, until the last block, the width dimensions of the blocks so far, and
+        all others in full."""
+        if self.mode != "blockwise" or self.block + 1 == len(self.generator.blocks):
+            return width
+        targets = [t for part in self.generator.networks[: self.block + 1] for t in part.targets]
+        groups = [dim.groups for t in targets for dim in t.dims if dim is not None]
+        return dict.fromkeys(sorted(set().union(*groups)), width)
+
     def _enter_block(self) -> None:
         """The block that this step trains: it starts as a copy of the one before, and the ones before are kept."""
         assert self.steps_per_block is not None
@@ -256,7 +270,7 @@ class HypernetTrainer(Trainer):
 
     def _train_only(self, block: int) -> None:
         for i, networks in enumerate(self.generator.networks):
-            networks.requires_grad_(i == block)
+            networks.requires_grad_(i <= block if self.train_previous else i == block)
 
     def named_losses(self, losses: dict[Any, Tensor]) -> dict[str, Tensor]:
         return by_width(losses, self.sampler.range)
@@ -266,7 +280,7 @@ class HypernetTrainer(Trainer):
         generator: Any = model
         rows = []
         for w in self.eval_widths:
-            plain = generator.materialize(w, self.eval_samples, blocks=self._blocks())
+            plain = generator.materialize(self.width_of(w), self.eval_samples, blocks=self._blocks())
             batches = itertools.islice(self.calibration_loader, self.calibration_batches)
             with autocast(plain, self.amp):
                 recompute_statistics(plain, batches)

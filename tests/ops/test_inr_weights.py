@@ -27,7 +27,7 @@ def target(layers=4):
     """A small target with every layout, a tiled linear layer and a bias; base, scale and full sizes to go with it."""
     tensors = [
         InrTensor(0, layers, (3, 3), 0),
-        InrTensor(1, layers, (1, 3), 1, "iohw"),
+        InrTensor(1, layers, (1, 3), 1, "iohw", positions=(9, 7)),
         InrTensor(2, layers, (2, 2), 1, "channels_last"),
         InrTensor(3, layers, (), 2, tile=(2, 3)),
         InrTensor(3, layers, (), 0, "bias"),
@@ -65,6 +65,42 @@ def test_inr_weights_odd_widths(width):
     active = [(width, width - 1), (64, width), (width, 1)]
     args = (*networks(3, 32, bands=8), tensors, active, None)
     check_as_good_as_pytorch(op, oracle, args, {"norm": NORM}, torch.float32)
+
+
+def placed(full=(65, 48)):
+    """Tensors whose channels stay where they are at the full width."""
+    return [
+        InrTensor(0, 4, (3, 3), 0, positions=full),
+        InrTensor(1, 4, (1, 3), 1, "iohw", positions=full),
+        InrTensor(2, 4, (2, 2), 1, "channels_last", positions=full),
+        InrTensor(3, 4, (), 2, tile=(2, 3), positions=full),
+        InrTensor(3, 4, (), 0, "bias", positions=(full[0], 1)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("save", ["full", "recompute"])
+@pytest.mark.parametrize("width", [17, 33, 47])
+def test_inr_weights_positions_of_the_full_width(width, save, dtype):
+    active = [(width, width - 2), (width + 1, 9), (5, width), (width, 10), (width, 1)]
+    base = [torch.randn(t.shape(o + 3, i + (i > 1) * 2)) for t, (o, i) in zip(placed(), active, strict=True)]
+    args = (*networks(3, 33, bands=6), placed(), active, *base, torch.randn(5))
+    check_as_good_as_pytorch(op, oracle, args, {"norm": NORM, "save": save}, dtype)
+
+
+@pytest.mark.parametrize("noise", ["none", "axis"])
+def test_inr_weights_positions_give_a_slice_of_the_full_width(noise):
+    """But for the coordinates of the sizes, which the networks here ignore, and the active inputs that divide."""
+    p = networks(3, 32, bands=6)
+    for axis in (4, 5):
+        p.w_in[..., reference.axis_columns(axis, 6, "neumeta")] = 0
+    options = {"norm": NORM, "noise": noise, "seed": 3, "samples": 2}
+    full = inr_weights(p, placed(), [(65, 48)] * 4 + [(65, 1)], **options)
+    active = [(17, 33), (33, 47), (47, 17), (31, 13), (7, 1)]
+    for t, (o, i), w, wide in zip(placed(), active, inr_weights(p, placed(), active, **options), full, strict=True):
+        cut = wide[:i, :o] if t.layout == "iohw" else wide[:o] if t.layout == "bias" else wide[:o, :i]
+        inputs = 1 if t.layout == "bias" else 48
+        assert error(w * i / inputs, cut) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -301,6 +337,12 @@ A = [(4, 3), (4, 1)]
         ((P, T, [(4, 3), (4, 2)]), {}, ValueError, r"active\[1\] to be \(C, 1\) for a bias, C >= 1, got \(4, 2\)"),
         ((P, T, [(0, 3), (4, 1)]), {}, ValueError, r"expected active\[0\] to be at least \(1, 1\), got \(0, 3\)"),
         ((P, [InrTensor(0, 2, mlp=2)], A[:1]), {}, ValueError, r"expected tensors\[0\].mlp between 0 and 1, got 2"),
+        (
+            (P, [InrTensor(0, 2, positions=(4, 0))], A[:1]),
+            {},
+            ValueError,
+            r"expected tensors\[0\].positions to be two positive sizes, got \(4, 0\)",
+        ),
         ((P, [InrTensor(0, 0)], A[:1]), {}, ValueError, r"expected tensors\[0\].layers to be at least 1, got 0"),
         ((P, [InrTensor(0, 2, (5, 5))], A[:1]), {}, ValueError, r"between 1 and 9 outputs .* got kernel \(5, 5\)"),
         ((P, [InrTensor(0, 2, layout="hwio")], A[:1]), {}, ValueError, "layout to be one of oihw, iohw.* got 'hwio'"),

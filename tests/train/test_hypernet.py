@@ -231,6 +231,30 @@ def test_blocks_are_trained_one_after_another(base):
     assert 0 < max(float(m.abs().max()) for m in moved) < 0.05  # one step away from the copy
 
 
+def test_blocks_before_can_go_on_being_trained():
+    gen = generator(tensors=["2", "3"], blocks=["2", "3"])
+    t, _ = trainer(gen, mode="blockwise", steps_per_block=2, train_previous=True)
+    t.fit(steps=2)
+    before = [p.clone() for p in gen.networks[0].parameters()]
+    t.fit(steps=4)
+    assert not torch.equal(gen.networks[0].w_out, before[5])
+
+
+def test_blocks_to_come_run_in_full_with_their_own_weights():
+    gen = generator(tensors=["2", "3"], blocks=["2", "3"], noise="none")
+    t, _ = trainer(
+        gen, mode="blockwise", steps_per_block=3, rule=WidthSampler([0.5], "random"), widths=None, distill=None
+    )
+    group = gen.targets[0].dims[0].groups
+    batch = next(iter(DataLoader(stripes(), 16)))
+    with elastic.width(gen.target, dict.fromkeys(group, 0.5)):
+        expected = torch.nn.functional.cross_entropy(gen.target(batch[0]), batch[1])
+    torch.testing.assert_close(t.training_step([batch])[0.5], expected.detach())  # a residual starts as the slice
+    assert t.width_of(0.5) == dict.fromkeys(group, 0.5)
+    t.block = 1
+    assert t.width_of(0.5) == 0.5
+
+
 def test_batch_norms_are_kept_and_calibrated_for_validation():
     gen = generator(folded=False, net=trained())
     t, _ = trainer(gen)

@@ -17,7 +17,7 @@ STEMS = (
     *(f"inr_weights_{o}" for o in OPERANDS),
     *(f"inr_weights_{o}_backward" for o in OPERANDS),
 )
-COLUMNS = 18  # integers a job
+COLUMNS = 20  # integers a job
 STEMS_OF = [("inr_weights", "inr_weights_sums", f"inr_weights_{o}", f"inr_weights_{o}_backward") for o in OPERANDS]
 POINTERS = ("w_in", "b_in", "w_hidden", "b_hidden", "skip", "w_out", "b_out", "scale", "jobs", "seed", "tables")
 INTEGERS = (
@@ -81,7 +81,7 @@ class Operators:
         assert self.kernels.size("sk_inr_tile", ctypes.c_int64(hidden)) == packing.tile_rows(hidden)
         call = Call(
             *(pointer(t) for t in networks), pointer(scale), pointer(uploaded), None, pointer(tables),
-            0 if seed is None else int(seed), len(table), int(table[:, 12].sum()) * (samples if per_sample else 1),
+            0 if seed is None else int(seed), len(table), int(table[:, 14].sum()) * (samples if per_sample else 1),
             len(tables), networks[0].shape[0], hidden, networks[4].shape[1], networks[6].shape[1], real_outputs,
             (networks[0].shape[2] - 1) // 2, samples, first_sample, noise, neumeta, activation, norm, limit,
         )  # fmt: skip

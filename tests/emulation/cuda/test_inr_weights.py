@@ -35,7 +35,7 @@ def networks(count, hidden, depth, bands, outputs, dtype):
 
 TENSORS = [
     (InrTensor(0, 4, (3, 3), 2), (7, 5)),
-    (InrTensor(1, 4, (1, 3), 1, "iohw"), (6, 3)),
+    (InrTensor(1, 4, (1, 3), 1, "iohw", positions=(9, 4)), (6, 3)),
     (InrTensor(2, 4, (2, 2), 1, "channels_last"), (5, 9)),
     (InrTensor(3, 4, (), 0, tile=(2, 3)), (9, 10)),
     (InrTensor(3, 4, (), 0, "bias"), (11, 1)),
