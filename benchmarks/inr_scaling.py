@@ -164,17 +164,22 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
 
-def main(budget_s: float = 1.0) -> None:
+def main(budget_s: float = 1.0, only: str | None = None) -> None:
     harness.one_thread_environment(1)
     torch.manual_seed(0)
-    write("gemm-share", gemm_share(("resnet20-last-block", "resnet20-all", "resnet18-layer3.1"), budget_s))
-    rows = memory(CHANNELS)
-    write("memory", rows)
-    plot(rows, FOLDER / "inr-memory.svg")
-    write("samples", samples_cost(SAMPLES, "resnet20-last-block", budget_s))
+    if only in (None, "gemm-share"):
+        write("gemm-share", gemm_share(("resnet20-last-block", "resnet20-all", "resnet18-layer3.1"), budget_s))
+    if only in (None, "memory"):
+        rows = memory(CHANNELS)
+        write("memory", rows)
+        plot(rows, FOLDER / "inr-memory.svg")
+    if only in (None, "samples"):
+        write("samples", samples_cost(SAMPLES, "resnet20-last-block", budget_s))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="timing of each call")
-    main(parser.parse_args().seconds)
+    parser.add_argument("--only", choices=("gemm-share", "memory", "samples"))
+    arguments = parser.parse_args()
+    main(arguments.seconds, arguments.only)
