@@ -11,6 +11,7 @@ from slimkernels.elastic.cost import layer_costs, parameter_costs
 from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE
 from slimkernels.elastic.depth import make_skippable
 from slimkernels.elastic.graph import Analysis, width_groups
+from slimkernels.elastic.heads import best, tie_features
 from slimkernels.elastic.importance import check_sort, orders
 from slimkernels.elastic.layers import CONVS, RECURRENT, kind_of, reason_not_slimmable
 from slimkernels.elastic.plan import Plan, Stage, matches
@@ -207,14 +208,32 @@ def _analyse(model: nn.Module, example: Any, ignored: set[str], permutes: bool) 
             return "MultiheadAttention layers are not sliced"
         return reason_not_slimmable(module) if kind_of(module) else None
 
-    coupling = trace(model, example, unsliced)
-    analysis = width_groups(coupling, model)
-    analysis.reached = {name for name, _ in coupling.known}
-    if analysis.groups:
-        prober = Prober(model, example, analysis, permutes)
-        prober.reject_wrong()
-        analysis.states = prober.states_of_full_size()
-    return analysis
+    def attempt(way: str) -> tuple[bool, float, Analysis]:
+        coupling, spots = trace(model, example, unsliced, "whole" if way == "whole" else "all")
+        if way == "tied":
+            tie_features(coupling, model)
+        analysis = width_groups(coupling, model)
+        analysis.spots = spots
+        analysis.reached = {name for name, _ in coupling.known}
+        if analysis.groups:
+            prober = Prober(model, example, analysis, permutes)
+            prober.reject_wrong()
+            analysis.states = prober.states_of_full_size()
+        return coupling.heads, _smallest(model, analysis), analysis
+
+    return best(attempt)
+
+
+def _smallest(model: nn.Module, analysis: Analysis) -> float:
+    """Parameters at half of every width."""
+    units = {name: -(-group.units // 2) for name, group in analysis.groups.items()}
+    total = 0.0
+    for parameter in parameter_costs(model, analysis.dims):
+        share = 1.0
+        for key in parameter.dims:
+            share *= analysis.dims[key].active(units) / analysis.dims[key].size
+        total += parameter.numel * share
+    return total
 
 
 def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict[str, str]:

@@ -12,6 +12,8 @@ class Coupling:
         self.parent: list[int] = []
         self.poison: list[tuple[int, str]] = []  # (node, reason)
         self.known: set[tuple[str, str]] = set()  # dimensions that the trace reached
+        self.summed: set[int] = set()  # nodes that an operation of the network's own sums over
+        self.heads = False  # whether there are products of several heads
 
     def add(self, module: str, side: str, size: int) -> None:
         self.offsets[module, side] = (len(self.parent), size)

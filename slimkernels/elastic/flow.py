@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from slimkernels.elastic.absent import Place, Places, Spots
 from slimkernels.elastic.coupling import Coupling
-from slimkernels.elastic.labels import FIXED, Labels, agreed, varying
-
-ANOTHER = "its channels are multiplied with others of another dimension"
+from slimkernels.elastic.labels import FIXED, Labels, varying
+from slimkernels.elastic.products import ANOTHER, Products
 
 # Operations whose result holds elements of their floating-point arguments, moved about.
 MOVES = {
@@ -47,16 +47,21 @@ NEW |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided"}
 KEEP = {"fill", "zero", "normal", "uniform", "bernoulli", "random"}  # written over in place: the channels stay
 
 
-class Follower(TorchDispatchMode):
+class Follower(Products, TorchDispatchMode):
     """Couples channels while a model runs. ``poison(node, reason)`` is told of those that have to stay, ``used(tensor)`` of every
     argument of an operation."""
 
-    def __init__(self, labels: Labels, coupling: Coupling, poison: Any, used: Any) -> None:
+    def __init__(
+        self, labels: Labels, coupling: Coupling, places: Places, spots: Spots, poison: Any, used: Any, heads: str
+    ) -> None:
         super().__init__()
         self.labels, self.coupling, self.poison, self.used = labels, coupling, poison, used
+        self.places, self.spots, self.heads = places, spots, heads
+        self.at: tuple[Place, Any] = ("", 0), None  # the operation that runs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.at = self.places.next(), func
         out = func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -109,24 +114,6 @@ class Follower(TorchDispatchMode):
             keep = args[arguments["keepdim"]] if len(args) > arguments["keepdim"] else kwargs.get("keepdim", False)
             return [self._reduced(given[0], dims, bool(keep))] * len(made)
         return [self._other(func, t, given) for t in made]
-
-    def _known(self, t: Any) -> Tensor:
-        """Labels, zeros where there are none."""
-        found = self.labels.get(t)
-        return torch.zeros((), dtype=torch.int32).expand(t.shape) if found is None else found
-
-    def _same(self, labels: Tensor) -> Tensor:
-        """The same label for all that is coupled."""
-        found, where = labels.unique(return_inverse=True)
-        roots = [n if n <= 0 else self.coupling.find(n - 1) + 1 for n in found.tolist()]
-        return torch.tensor(roots, dtype=torch.int32)[where]
-
-    def _agreed(self, labels: Tensor, dims: list[int]) -> Tensor:
-        """Size 1 in ``dims``: the label that all have there, or 0."""
-        labels = varying(labels)
-        if any(labels.shape[d] > 1 for d in dims):
-            labels = self._same(labels)
-        return agreed(labels, dims)
 
     def _moved(self, func: Any, args: Sequence, kwargs: Any) -> Tensor:
         def of(t: Any, first: bool) -> Any:
@@ -214,6 +201,8 @@ class Follower(TorchDispatchMode):
             return None
         over = list(range(x.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
         over = sorted(d % x.dim() for d in over) if x.dim() else []
+        for d in over:
+            self.note("select", 0, d, labels)
         labels = self._agreed(labels, over)
         return labels if keep else labels[tuple(0 if d in over else slice(None) for d in range(x.dim()))]
 
@@ -239,9 +228,6 @@ class Follower(TorchDispatchMode):
         self.spoil(labels, f"its channels reach {func}, which is not followed")
         return self._fixed()
 
-    def _fixed(self) -> Tensor:
-        return torch.full((), self.labels.fixed(FIXED), dtype=torch.int32)
-
     def _first_fixed(self, t: Tensor) -> int | None:
         labels = self.labels.get(t)
         if labels is None or not labels.numel():
@@ -249,37 +235,11 @@ class Follower(TorchDispatchMode):
         label = int(labels.flatten()[0])
         return label if label < 0 and self.labels.reason(label) != FIXED else None
 
-    def _op_mm(self, made: Any, a: Tensor, b: Tensor) -> list:
-        return [self._product(self._known(a), self._known(b))]
+    def _op_softmax(self, made: Any, x: Tensor, dim: int, *_: Any) -> list:
+        self.note("select", 0, dim, self._known(x))
+        return [self._known(x)]
 
-    _op_bmm = _op_matmul = _op_mm
-
-    def _op_addmm(self, made: Any, c: Tensor, a: Tensor, b: Tensor, *_: Any) -> list:
-        product = torch.empty(made[0].shape, device="cpu")
-        self.labels.put(product, self._product(self._known(a), self._known(b)))
-        return [self._pointwise([product, c])]
-
-    _op_baddbmm = _op_addmm
-
-    def _op_mv(self, made: Any, a: Tensor, b: Tensor) -> list:
-        return [self._product(self._known(a), self._known(b)[:, None])[..., 0]]
-
-    def _op_dot(self, made: Any, a: Tensor, b: Tensor) -> list:
-        self._product(self._known(a)[None], self._known(b)[:, None])
-        return [None]
-
-    def _op_linear(self, made: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any) -> list:
-        return [self._product(self._known(x), self._known(weight).transpose(-1, -2))]
-
-    def _op_convolution(self, made: Any, x: Tensor, weight: Tensor, bias: Any, *rest: Any) -> list:
-        transposed, groups = rest[3], rest[5]
-        labels = self._known(x).movedim(1, -1)
-        taken = self._known(weight).movedim(0 if transposed else 1, 0)
-        if groups == 1:
-            self._summed(labels, taken)
-        else:
-            self.spoil(labels, "its channels reach a grouped convolution with a weight of its own")
-        return [self._fixed()]
+    _op_log_softmax = _op_softmax
 
     def _op_glu(self, made: Any, x: Tensor, dim: int = -1) -> list:
         a, b = self._known(x).chunk(2, dim)
@@ -287,6 +247,8 @@ class Follower(TorchDispatchMode):
         return [a]
 
     def _op_native_layer_norm(self, made: Any, x: Tensor, shape: Any, *weights: Any) -> list:
+        if len(shape) == 1:
+            self.note("norm", 0, -1, self._known(x))
         return [self._pointwise([x, *(w for w in weights[:2] if isinstance(w, Tensor))])]
 
     def _op_native_batch_norm(self, made: Any, x: Tensor, *weights: Any) -> list:
@@ -307,58 +269,3 @@ class Follower(TorchDispatchMode):
 
     def _op_pad_packed_sequence(self, made: Any, data: Tensor, *_: Any) -> list:
         return [self._agreed(self._known(data), [0])[None], None]
-
-    def _attention(self, made: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._summed(self._known(q), self._known(k).movedim(-1, 0))
-        labels = self._agreed(self._known(v), [v.dim() - 2])
-        if labels.shape[-3] > 1 and q.shape[-3] > v.shape[-3]:  # a head of keys and values serves several of queries
-            labels = labels.repeat_interleave(q.shape[-3] // v.shape[-3], -3)
-        return labels
-
-    def _product(self, a: Tensor, b: Tensor) -> Tensor:  # (..., n, k) and (..., k, m)
-        a, b = varying(a), varying(b)
-        inner_a, inner_b = a.shape[-1] > 1, b.shape[-2] > 1 if b.dim() > 1 else True
-        if inner_a or inner_b:
-            self._summed(a, b.movedim(-2, 0))
-        none = torch.zeros((), dtype=torch.int32)
-        rows = none[(None,) * a.dim()] if inner_a else a
-        columns = none[(None,) * b.dim()] if inner_b else b
-        x, y = torch.broadcast_tensors(rows, columns)
-        both = (x > 0) & (y > 0)
-        if bool(both.any()):
-            for t in (x, y):
-                self.spoil(t, ANOTHER)
-        return torch.where((x > 0) | (y == 0), x, y)
-
-    def _summed(self, a: Tensor, b: Tensor) -> None:  # (..., k) and (k, ...)
-        """What a product sums over is the same channel on both sides, and in every row and column."""
-        a, b = varying(a), varying(b)
-        columns = [a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1).t()]
-        best = []
-        for rows in columns:
-            for i in range(1, len(rows)):
-                self.unify(rows[0], rows[i])
-            best.append(torch.where((rows > 0).any(0), rows.amax(0), rows.amin(0)))
-        if bool((best[0] > 0).any()) or bool((best[1] > 0).any()):
-            self.unify(*best)
-
-    # What was found.
-
-    def unify(self, a: Tensor, b: Tensor) -> None:
-        """Couple labels that stand at the same place; a channel that meets a given size has to stay."""
-        a, b = torch.broadcast_tensors(a, b)
-        differ = (a != b) & (a != 0) & (b != 0)
-        if not bool(differ.any()):
-            return
-        for x, y in torch.stack([a[differ], b[differ]]).unique(dim=1).t().tolist():
-            if x > 0 and y > 0:
-                self.coupling.union(x - 1, y - 1)
-            elif max(x, y) > 0:
-                self.poison(max(x, y) - 1, self.labels.reason(min(x, y)))
-
-    def spoil(self, labels: Tensor | None, reason: str) -> None:
-        """These channels have to stay."""
-        if labels is not None:
-            for label in varying(labels).unique().tolist():
-                if label > 0:
-                    self.poison(label - 1, reason)

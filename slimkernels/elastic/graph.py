@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from slimkernels.elastic.absent import Spots
 from slimkernels.elastic.coupling import Coupling
 from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.plan import Dim, Run, WidthGroup
@@ -22,6 +23,7 @@ class Analysis:
     rejected: dict[str, str] = field(default_factory=dict)  # name of the producing layer -> reason
     reasons: dict[str, str] = field(default_factory=dict)  # module -> reason why a group it belongs to was left alone
     reached: set[str] = field(default_factory=set)  # modules that the trace saw
+    spots: Spots | None = None  # operations over channels that are written in the network
     states: list[str] = field(default_factory=list)  # recurrent layers given states of the full size at every width
 
     def reject(self, names: set[str], reason: str) -> None:
@@ -45,13 +47,14 @@ def width_groups(coupling: Coupling, model: nn.Module) -> Analysis:
             coupling.union(a, b)
         classes = _classes(coupling, set())
     poison = {coupling.find(node): reason for node, reason in reversed(coupling.poison)}
+    summed = {coupling.find(node) for node in coupling.summed}
     analysis = Analysis()
     clusters: dict[frozenset, list[int]] = defaultdict(list)
     for label, members in classes.items():
         clusters[frozenset(Counter(key for key, _ in members).items())].append(label)
     unit_of: dict[int, tuple[str, int]] = {}
     for labels in clusters.values():
-        _add_group(analysis, labels, classes, poison, unit_of, modules)
+        _add_group(analysis, labels, classes, poison, summed, unit_of, modules)
     _add_dims(analysis, coupling, unit_of)
     _reject_unsupported(analysis, modules)
     order = {name: 2 * i for i, name in enumerate(modules)}
@@ -96,6 +99,7 @@ def _add_group(
     labels: list[int],
     classes: dict[int, list],
     poison: dict[int, str],
+    summed: set[int],
     unit_of: dict[int, tuple[str, int]],
     modules: dict[str, nn.Module],
 ) -> None:
@@ -110,8 +114,12 @@ def _add_group(
     positions = {label: [p for key, p in classes[label] if key == counted] for label in labels}
     ordered = sorted(labels, key=lambda label: positions[label][0])
     reason = next((poison[label] for label in ordered if label in poison), None)
-    if reason is None and not any(
-        side in ("in", "cell") or side.startswith("param") for _, side in keys - {(p, "in") for p in producers}
+    if (
+        reason is None
+        and summed.isdisjoint(labels)
+        and not any(
+            side in ("in", "cell") or side.startswith("param") for _, side in keys - {(p, "in") for p in producers}
+        )
     ):
         reason = "no layer takes its channels in"
     if reason is None and len(labels) < 2:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
+from slimkernels.elastic.absent import Places, Spots
 from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE, Coupling
 from slimkernels.elastic.flow import Follower
 from slimkernels.elastic.labels import FIXED, Labels, varying
@@ -19,9 +20,12 @@ from slimkernels.elastic.recurrent import as_states, given_states, state_sides
 class _Layers:
     """Stands between the layers that are sliced and what calls them."""
 
-    def __init__(self, model: nn.Module, coupling: Coupling, reasons: Mapping[str, str | None], plain: Mapping) -> None:
+    def __init__(
+        self, model: nn.Module, coupling: Coupling, reasons: Mapping[str, str | None], plain: Mapping, heads: str
+    ) -> None:
         self.coupling, self.labels = coupling, Labels()
-        self.follower = Follower(self.labels, coupling, self._poison, self._used)
+        self.places, self.spots = Places(model), Spots(coupling)
+        self.follower = Follower(self.labels, coupling, self.places, self.spots, self._poison, self._used, heads)
         self.poisoned: set[int] = set()
         self.owners: dict[int, list[str]] = {}  # storage -> layers whose weights it holds, which have a forward
         self.followed: dict[str, Any] = {}
@@ -30,6 +34,7 @@ class _Layers:
             sliced = kind_of(module) is not None and reasons[name] is None
             if sliced:
                 self.followed[name] = module
+                self.spots.layers.append(name)
             reason = reasons[name] or ("its weights are used outside of it" if sliced else None)
             if isinstance(module, nn.MultiheadAttention):
                 reason = "MultiheadAttention layers are not sliced"
@@ -187,17 +192,18 @@ def follow(
     coupling: Coupling,
     reasons: Mapping[str, str | None],  # of modules that are not to be sliced
     plain: Mapping[str, Any],  # plain parameters and the axis of their channels
-) -> None:
+    heads: str,  # see ``Products``
+) -> Spots:
     """Couple what a run of the model couples. Layers without a reason against it are taken as a whole; everything else is
     followed operation by operation."""
-    layers = _Layers(model, coupling, reasons, plain)
+    layers = _Layers(model, coupling, reasons, plain, heads)
     for t in given:
         if layers.labels.get(t) is None:
             layers.labels.put(t, torch.tensor(layers.labels.fixed(FIXED), dtype=torch.int32))
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it would hide the layers of a transformer block
-        with layers.listening(), torch.no_grad(), layers.follower:
+        with layers.listening(), torch.no_grad(), layers.places.followed(), layers.follower:
             outputs = call()
     except Exception as error:
         raise FollowError(error) from error
@@ -207,3 +213,4 @@ def follow(
         raise NoOutput(f"none from {type(model).__name__}")
     for y in outputs:
         layers.follower.spoil(layers.labels.get(y), IS_OUTPUT)
+    return layers.spots

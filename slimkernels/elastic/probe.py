@@ -146,9 +146,17 @@ class Prober:
     def _compare(self, pair: _Pair, names: list[str], units: dict[str, int]) -> str | None:
         apply(assignments(pair.elastic, self.dims, units, None))
         actual = run(pair.elastic, pair.example)
-        with masked(pair.plain, self.dims, units):
+        spots = self.analysis.spots
+        with masked(pair.plain, self.dims, units) if spots is None else spots.without(pair.plain, self.dims, units):
             expected = run(pair.plain, pair.example)
         difference = _difference(actual, expected, pair.tolerance)
+        if difference is not None and spots is not None and spots.of:
+            # The scale of an attention, or what a sum is divided by.
+            with spots.numbers(pair.elastic) as numbers:
+                run(pair.elastic, pair.example)
+            with spots.without(pair.plain, self.dims, units, numbers):
+                expected = run(pair.plain, pair.example)
+            difference = _difference(actual, expected, pair.tolerance)
         if difference is not None:
             return f"the narrower network is not a part of the full one ({difference})"
         return self._compare_permuted(pair, names) if self.permutes else None

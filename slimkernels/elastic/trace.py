@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from slimkernels.elastic.absent import Spots
 from slimkernels.elastic.coupling import Coupling
 from slimkernels.elastic.layer_flow import FollowError, NoOutput, follow
 from slimkernels.elastic.layers import RECURRENT, full_size, kind_of
@@ -98,9 +99,11 @@ def plain_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
     return found
 
 
-def trace(model: nn.Module, example_inputs: Any, unsliced: Callable[[str, nn.Module], str | None]) -> Coupling:
-    """Coupled channels of an analysis copy. ``unsliced`` gives the reason why a module's channels have to stay, or
-    None.
+def trace(
+    model: nn.Module, example_inputs: Any, unsliced: Callable[[str, nn.Module], str | None], heads: str = "whole"
+) -> tuple[Coupling, Spots]:
+    """Coupled channels of an analysis copy, and its operations over channels. ``unsliced`` gives the reason why a module's
+    channels have to stay, or None; ``heads``: see ``Products``.
 
     Raises: ValueError when the model does not run on the example, or gives no tensor of floating-point numbers.
     """
@@ -117,7 +120,7 @@ def trace(model: nn.Module, example_inputs: Any, unsliced: Callable[[str, nn.Mod
     reasons = {name: unsliced(name, module) for name, module in model.named_modules()}
     given = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor)]
     try:
-        follow(model, lambda: run(model, example_inputs), given, coupling, reasons, plain)
+        spots = follow(model, lambda: run(model, example_inputs), given, coupling, reasons, plain, heads)
     except NoOutput as error:
         raise ValueError(
             f"convert: expected the model to return a tensor of floating-point numbers, alone or in a tuple, list, dict or"
@@ -134,7 +137,7 @@ def trace(model: nn.Module, example_inputs: Any, unsliced: Callable[[str, nn.Mod
             for dimension in [key for key in coupling.offsets if key[0] == name]:
                 coupling.poison_all(dimension, f"coupled to {name}: {reason}" if name else reason)
     _couple_tied(coupling, model)
-    return coupling
+    return coupling, spots
 
 
 def one_line(error: Exception) -> str:

@@ -96,13 +96,6 @@ def mixer(net, x):  # a linear layer over positions, then one over channels
     return net.last(x + net.channels(x))
 
 
-def non_local(net, x):
-    x = net.a(x)
-    q, k, v = (f(x).flatten(2) for f in (net.q, net.k, net.v))
-    y = torch.einsum("bij,bcj->bci", torch.einsum("bci,bcj->bij", q, k).softmax(-1), v)
-    return net.out(x + net.back(y.unflatten(2, x.shape[2:])))
-
-
 def blend(net, x):  # experts
     x = net.a(x)
     share = net.share(x).softmax(-1)
@@ -219,11 +212,6 @@ NETS = {
         lambda: Net(mixer, a=nn.Conv2d(3, 16, 4, 4), tokens=mlp(4, 8), channels=mlp(16, 24), last=nn.Linear(16, 3)),
         IMAGE,
         {"a", "channels.0"},
-    ),
-    "non-local": (
-        lambda: convolutions(non_local, **{k: nn.Conv2d(16, 8, 1) for k in "qkv"}, back=nn.Conv2d(8, 16, 1)),
-        IMAGE,
-        {"a", "v"},
     ),
     "experts": (
         lambda: Net(
