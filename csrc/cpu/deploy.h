@@ -43,6 +43,7 @@ struct Misfit : std::runtime_error {
 struct Weights {
   at::Tensor packed, bias;       // as the kernels read them
   at::Tensor winograd;           // for 3x3 by Winograd's algorithm, beside `packed`
+  at::Tensor narrow, narrow_bias;  // for few outputs, several pixels in a vector
   at::Tensor weight, full_bias;  // as PyTorch reads them, where it runs the step
   int64_t out = 0, in = 0, groups = 1, kernel_h = 1, kernel_w = 1;
   std::vector<int64_t> stride, padding, dilation, output_padding;
@@ -62,7 +63,7 @@ struct Value {
   int64_t offset = 0, pixel = 0;
 };
 
-enum class Runs { kConv, kWinograd, kDepthwise, kPool, kPointwise, kZeros, kImport, kExport, kFlatten, kTorchConv };
+enum class Runs { kConv, kWinograd, kNarrow, kDepthwise, kPool, kPointwise, kZeros, kImport, kExport, kFlatten, kTorchConv };
 
 // One action of a plan; `index` is that of its job.
 struct Action {
@@ -78,6 +79,7 @@ struct Plan {
   std::vector<Action> actions;
   std::vector<ConvJob> convs;
   std::vector<WinogradJob> winograds;
+  std::vector<NarrowJob> narrows;
   std::vector<DepthwiseJob> depthwises;
   std::vector<PoolJob> pools;
   std::vector<PointwiseJob> pointwises;

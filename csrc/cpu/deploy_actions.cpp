@@ -125,6 +125,34 @@ void Planner::depthwise(int index) {
   plan.descriptions[index] = "depthwise, channels in the vector";
 }
 
+bool Planner::narrow(int index) {
+  const Step& step = program.steps[index];
+  const Weights& w = bound.weights[index];
+  const int from = step.inputs[0];
+  const Value &x = plan.values[from], &y = plan.values[step.output];
+  if (!w.narrow.defined()) return false;
+  NarrowJob job{};
+  job.images = y.n, job.out_h = y.h, job.out_w = y.w, job.in_c = x.c, job.out_c = y.c;
+  job.kernel_h = w.kernel_h, job.kernel_w = w.kernel_w;
+  job.stride_h = w.stride[0], job.stride_w = w.stride[1], job.dilation_h = w.dilation[0], job.dilation_w = w.dilation[1];
+  job.x = plane(from), job.y = plane(step.output);
+  if (step.residual >= 0) job.residual = plane(step.residual);
+  // A vector is read over what it needs: in the arena there is room behind every value.
+  const Value& root = plan.values[x.root];
+  const int64_t lanes = bound.kernels->lanes, span = (lanes / y.c - 1) * job.stride_w * job.x.pixel + x.c;
+  const bool together = job.y.pixel == y.c && (step.residual < 0 || job.residual.pixel == y.c);
+  if (span > lanes || !together || root.input >= 0 || root.output >= 0) return false;
+  job.weight = w.narrow.const_data_ptr<float>();
+  job.epilogue = {step.activation, w.narrow_bias.const_data_ptr<float>()};
+  const int64_t shift = first_pixel(from) - (w.padding[0] * job.x.row + w.padding[1] * job.x.pixel) * bound.element;
+  plan.actions.push_back({Runs::kNarrow, static_cast<int>(plan.narrows.size()), from, step.residual, step.output, shift,
+                          first_pixel(step.output), index});
+  plan.narrows.push_back(job);
+  plan.descriptions[index] = std::to_string(lanes / y.c) + " pixels x " + std::to_string(y.c) + " channels in the vector, depth " +
+                             std::to_string(w.kernel_h * w.kernel_w * x.c);
+  return true;
+}
+
 void Planner::conv(int index) {
   const Step& step = program.steps[index];
   const Weights& w = bound.weights[index];
@@ -132,7 +160,7 @@ void Planner::conv(int index) {
   const Value &x = plan.values[from], &y = plan.values[step.output];
   zeros(step.output);
   if (w.groups > 1) return depthwise(index);
-  if (winograd(index)) return;
+  if (narrow(index) || winograd(index)) return;
   const int64_t pair = bound.element == 2 ? 2 : 1, lanes = bound.kernels->lanes;
   const Plane in = plane(from), out = plane(step.output);
   const Plane added = step.residual >= 0 ? plane(step.residual) : Plane{};

@@ -59,6 +59,14 @@ struct WinogradJob {
   Epilogue epilogue;
 };
 
+// Convolution with so few outputs that a vector holds those of several pixels side by side.
+struct NarrowJob {
+  int64_t images, out_h, out_w, in_c, out_c, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+  Plane x, y, residual;  // x strides are those of the input
+  const float* weight;   // (kernel_h, kernel_w, in_c, lanes), the outputs again for every pixel of a vector
+  Epilogue epilogue;     // the bias too
+};
+
 struct DepthwiseJob {
   int64_t images, out_h, out_w, channels, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   Plane x, y, residual;  // x strides are those of the input
@@ -86,6 +94,7 @@ struct Kernels {
   void (*conv)(const ConvJob&, const Places&);
   void (*winograd)(const WinogradJob&, const Places&);
   int64_t winograd_outputs;  // in a row of a tile
+  void (*narrow)(const NarrowJob&, const Places&);
   void (*depthwise)(const DepthwiseJob&, const Places&);
   void (*pool)(const PoolJob&, const Places&);
   void (*pointwise)(const PointwiseJob&, const Places&);

@@ -2,6 +2,9 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/zeros.h>
 
+#include <tuple>
+#include <utility>
+
 #include "deploy.h"
 
 namespace slimkernels::deploy {
@@ -10,6 +13,8 @@ namespace {
 int64_t lanes_of(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? bfloat16_kernels()->lanes : float_kernels().lanes;
 }
+
+constexpr int64_t kNarrow = 4;  // outputs, or twice as many
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -25,6 +30,13 @@ at::Tensor by_vectors(const at::Tensor& weight, int64_t lanes, at::ScalarType dt
   at::Tensor wide = at::constant_pad_nd(weight, {0, up(out, lanes) - out, 0, up(weight.size(1), pair) - weight.size(1)});
   wide = wide.reshape({wide.size(0), wide.size(1) / pair, pair, wide.size(2) / lanes, lanes});
   return wide.permute({0, 3, 1, 4, 2}).to(dtype).contiguous();
+}
+
+// (kh, kw, in, lanes) and (lanes): the outputs again and again until the vector is full.
+std::pair<at::Tensor, at::Tensor> pack_narrow(const at::Tensor& weight, const at::Tensor& bias, int64_t lanes) {
+  const int64_t out = weight.size(0), times = lanes / out;
+  if (times < 2) return {};
+  return {weight.permute({2, 3, 1, 0}).repeat({1, 1, 1, times}).contiguous(), bias.narrow(0, 0, out).repeat({times})};
 }
 
 }  // namespace
@@ -53,6 +65,7 @@ Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bia
     // The depth of a vector of outputs is the taps one after the other.
     const at::Tensor packed = by_vectors(values.permute({2, 3, 1, 0}).reshape({taps, w.in, w.out}), lanes, dtype);
     w.packed = packed.transpose(0, 1).contiguous();
+    if (w.out == kNarrow || w.out == 2 * kNarrow) std::tie(w.narrow, w.narrow_bias) = pack_narrow(values, w.bias, lanes);
     const bool one_step = w.stride[0] == 1 && w.stride[1] == 1 && w.dilation[0] == 1 && w.dilation[1] == 1;
     if (winograd && w.kernel_h == 3 && w.kernel_w == 3 && one_step) {
       w.winograd = pack_winograd(weight, lanes, dtype);
@@ -82,7 +95,7 @@ Weights pack_affine(const at::Tensor& scale, const at::Tensor& shift) {
 int64_t Bound::bytes() const {
   int64_t total = 0;
   for (const Weights& w : weights) {
-    for (const at::Tensor& t : {w.packed, w.bias, w.winograd, w.weight, w.full_bias}) total += t.defined() ? t.nbytes() : 0;
+    for (const at::Tensor& t : {w.packed, w.bias, w.winograd, w.narrow, w.narrow_bias, w.weight, w.full_bias}) total += t.defined() ? t.nbytes() : 0;
   }
   return total;
 }

@@ -31,6 +31,7 @@ class Planner {
   void act(int step);
   void conv(int step);
   void depthwise(int step);
+  bool narrow(int step);    // false where its pixels do not lie as the kernel takes them
   bool winograd(int step);  // false where it does not pay
   bool pays_winograd(int64_t tiles, int64_t pixels, int64_t in, int64_t out) const;
   void zeros(int value);

@@ -244,6 +244,7 @@ struct Run {
         at.scratch = arena + plan.arena_bytes - plan.scratch_bytes;
         return bound.kernels->winograd(plan.winograds[a.index], at);
       case Runs::kConv: return bound.kernels->conv(plan.convs[a.index], at);
+      case Runs::kNarrow: return bound.kernels->narrow(plan.narrows[a.index], at);
       case Runs::kDepthwise: return bound.kernels->depthwise(plan.depthwises[a.index], at);
       case Runs::kPool: return bound.kernels->pool(plan.pools[a.index], at);
       case Runs::kPointwise: return bound.kernels->pointwise(plan.pointwises[a.index], at);
@@ -327,6 +328,11 @@ std::vector<StepTime> Bound::time(std::vector<at::Tensor> inputs, int64_t repeat
       time.flops = 2 * 9 * job.images * job.out_h * job.out_w * job.out_c * job.in_c;
       const int64_t row = kernels->winograd_outputs + 2;
       time.bytes += row * row * job.in_c * job.out_c * element;
+    } else if (a.runs == Runs::kNarrow) {
+      const NarrowJob& job = plan->narrows[a.index];
+      const int64_t weights = job.kernel_h * job.kernel_w * job.in_c * job.out_c;
+      time.flops = 2 * job.images * job.out_h * job.out_w * weights;
+      time.bytes += weights * 4;
     } else if (a.runs == Runs::kDepthwise) {
       const DepthwiseJob& job = plan->depthwises[a.index];
       time.flops = 2 * job.images * job.out_h * job.out_w * job.channels * job.kernel_h * job.kernel_w;
