@@ -12,8 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from slimkernels.triton_kernels._common import apply_activation, ceil_div, on_device
-from slimkernels.triton_kernels._norm import before_activation, load_parameter
-from slimkernels.triton_kernels._rows import Rows, row_offsets, row_strides
+from slimkernels.triton_kernels._norm import load_channels
+from slimkernels.triton_kernels._rows import (
+    Rows,
+    group_parts,
+    merge_tile,
+    new_output,
+    one_stride,
+    place,
+    row_offsets,
+    row_strides,
+    rows_of,
+)
 
 
 @triton.jit(do_not_specialize=["splits", "steps"])
@@ -33,11 +43,7 @@ def _channel_norm_statistics_kernel(
     FORM: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    part = tl.program_id(0) // tiles_c  # batch * splits + split
-    batch, split = part // splits, part % splits
-    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
+    part, batch, split, offs_c, mask_c = place(C, splits, BLOCK_C)
     columns = x_ptr + offs_c.to(tl.int64) * stride_xc
     start = split.to(INDEX) * steps * BLOCK_R
     # Everything is taken relative to the first row, so that values far from zero keep their digits.
@@ -60,16 +66,6 @@ def _channel_norm_statistics_kernel(
     out = partial_ptr + part.to(tl.int64) * (2 * C) + offs_c
     tl.store(out, pivot + total, mask=mask_c)
     tl.store(out + C, tl.sum(square + count * apart * apart, 0), mask=mask_c)
-
-
-@triton.jit
-def group_parts(offs_g, offs_p, C, splits, group_size, groups):
-    """Of the groups ``offs_g`` of all batches, the parts ``offs_p`` (splits times channels): where, which split, and mask."""
-    batch, first = offs_g // groups, offs_g % groups * group_size
-    split = offs_p // group_size
-    channel = first[:, None] + (offs_p % group_size)[None, :]
-    at = (batch.to(tl.int64) * splits)[:, None] + split[None, :]
-    return at * (2 * C) + channel, split, (split < splits)[None, :] & (channel < C)
 
 
 @triton.jit(do_not_specialize=["all_groups", "splits", "rows_per_split"])
@@ -115,54 +111,6 @@ def _channel_norm_merge_kernel(
     tl.store(spread_ptr + offs_g, spread, mask=mask_g)
 
 
-@triton.jit
-def load_statistics(mean_ptr, spread_ptr, at, stride_m, stride_s, mask, eps, INVERSE: tl.constexpr):
-    """Mean and inverse standard deviation in float32."""
-    mean = tl.load(mean_ptr + at.to(tl.int64) * stride_m, mask=mask, other=0.0).to(tl.float32)
-    spread = tl.load(spread_ptr + at.to(tl.int64) * stride_s, mask=mask, other=1.0).to(tl.float32)
-    return mean, spread if INVERSE else tl.rsqrt(spread + eps)
-
-
-@triton.jit
-def load_gradient(
-    dy_ptr,
-    x_ptr,
-    saved_ptr,
-    offs_r,
-    columns,
-    mask,
-    batch,
-    inner,
-    mean,
-    invstd,
-    weight,
-    bias,
-    stride_dn,
-    stride_dl,
-    stride_dc,
-    stride_xn,
-    stride_xl,
-    stride_xc,
-    stride_sn,
-    stride_sl,
-    stride_sc,
-    FORM: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    SAVED: tl.constexpr,
-):
-    """Of one tile: the gradient at the activation's input, and the normalised input; both zero outside the mask."""
-    at = row_offsets(offs_r, batch, inner, stride_dn, stride_dl, FORM)
-    dz = tl.load(dy_ptr + at[:, None] + columns * stride_dc, mask=mask, other=0.0).to(tl.float32)
-    at = row_offsets(offs_r, batch, inner, stride_xn, stride_xl, FORM)
-    x = tl.load(x_ptr + at[:, None] + columns * stride_xc, mask=mask, other=0.0).to(tl.float32)
-    xhat = tl.where(mask, (x - mean[None, :]) * invstd[None, :], 0.0)
-    saved = xhat
-    if SAVED != "none":
-        at = row_offsets(offs_r, batch, inner, stride_sn, stride_sl, FORM)
-        saved = tl.load(saved_ptr + at[:, None] + columns * stride_sc, mask=mask, other=0.0).to(tl.float32)
-    return before_activation(dz, xhat, weight[None, :], bias[None, :], saved, ACTIVATION, SAVED), xhat
-
-
 @triton.jit(do_not_specialize=["row_tiles"])
 def _channel_norm_fwd_kernel(
     x_ptr,
@@ -205,25 +153,22 @@ def _channel_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    part = tl.program_id(0) // tiles_c
-    batch, tile = part // row_tiles, part % row_tiles
-    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part, batch, tile, offs_c, mask_c = place(C, row_tiles, BLOCK_C)
     offs_r = tile.to(INDEX) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_c = offs_c < C
     mask = (offs_r < ROWS)[:, None] & mask_c[None, :]
     columns = offs_c.to(tl.int64)[None, :]
     at = row_offsets(offs_r, batch, inner, stride_xn, stride_xl, FORM)
     x = tl.load(x_ptr + at[:, None] + columns * stride_xc, mask=mask, other=0.0).to(tl.float32)
     group = batch * groups + offs_c // group_size
-    mean, invstd = load_statistics(mean_ptr, spread_ptr, group, stride_m, stride_s, mask_c, eps, INVERSE)
+    mean, invstd, weight, bias = load_channels(
+        *(mean_ptr, spread_ptr, weight_ptr, bias_ptr, group, offs_c, mask_c, stride_m, stride_s, stride_w, stride_b),
+        *(eps, INVERSE, HAS_WEIGHT, HAS_BIAS),
+    )
     if COPY_STATISTICS and part == 0:
         tl.store(mean_copy_ptr + offs_c, mean, mask=mask_c)
         spread = tl.load(spread_ptr + group.to(tl.int64) * stride_s, mask=mask_c, other=1.0).to(tl.float32)
         tl.store(spread_copy_ptr + offs_c, spread, mask=mask_c)
-    scale = load_parameter(weight_ptr, offs_c, stride_w, mask_c, HAS_WEIGHT, 1.0) * invstd
-    bias = load_parameter(bias_ptr, offs_c, stride_b, mask_c, HAS_BIAS, 0.0)
-    z = (x - mean[None, :]) * scale[None, :] + bias[None, :]
+    z = (x - mean[None, :]) * (weight * invstd)[None, :] + bias[None, :]
     if HAS_RESIDUAL:
         at = row_offsets(offs_r, batch, inner, stride_rn, stride_rl, FORM)
         z += tl.load(residual_ptr + at[:, None] + columns * stride_rc, mask=mask, other=0.0).to(tl.float32)
@@ -232,10 +177,33 @@ def _channel_norm_fwd_kernel(
     tl.store(y_ptr + at[:, None] + columns * stride_yc, y, mask=mask)
 
 
-def merge_tile(groups: int, parts: int) -> tuple[int, int]:
-    """Groups and parts of a tile of a merging kernel: as many parts as there are, up to 64, and groups to fill it."""
-    block_p = min(64, triton.next_power_of_2(parts))
-    return min(1024 // block_p, 32, triton.next_power_of_2(groups)), block_p
+def forward(
+    x: Tensor,  # (N, c, *)
+    weight: Tensor | None,  # (C,)
+    bias: Tensor | None,  # (C,)
+    residual: Tensor | None,  # (N, c, *)
+    running: tuple[Tensor, Tensor] | None,  # mean and variance, used in place of those of x
+    group_size: int,
+    eps: float,
+    inverse: bool,  # the second statistic is the inverse standard deviation, not the variance
+    batched: bool,  # statistics of each image
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, c, *); the statistics (batches, groups), or (c,) of the running ones
+    y, y_work = new_output(x)
+    x = one_stride(x)
+    residual = None if residual is None else one_stride(residual)
+    rows = rows_of(x, residual, y_work, batched=batched)
+    if running is None:
+        used, copies = statistics(x, rows, group_size, eps, inverse), None
+        saved = used
+    else:
+        used = running
+        saved = copies = (
+            x.new_empty(rows.channels, dtype=torch.float32),
+            x.new_empty(rows.channels, dtype=torch.float32),
+        )
+    normalize(x, *used, weight, bias, residual, y_work, copies, rows, group_size, eps, inverse, activation)
+    return y if y_work is y else y.copy_(y_work), *saved
 
 
 def statistics(x: Tensor, rows: Rows, group_size: int, eps: float, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -255,11 +223,7 @@ def statistics(x: Tensor, rows: Rows, group_size: int, eps: float, inverse: bool
             splits,
             steps,
             *row_strides(x, rows),
-            BLOCK_R=rows.block_r,
-            BLOCK_C=rows.block_c,
-            FORM=rows.form,
-            INDEX=rows.index,
-            num_warps=rows.warps,
+            **rows.options(rows.warps),
         )
         block_g, block_p = merge_tile(rows.batches * groups, splits * group_size)
         _channel_norm_merge_kernel[(ceil_div(rows.batches * groups, block_g),)](
@@ -324,15 +288,11 @@ def normalize(
             *row_strides(residual, rows),
             *row_strides(y, rows),
             eps,
-            BLOCK_R=rows.block_r,
-            BLOCK_C=rows.block_c,
-            FORM=rows.form,
-            INDEX=rows.index,
             INVERSE=inverse,
             COPY_STATISTICS=copies is not None,
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None,
             ACTIVATION=activation,
-            num_warps=rows.warps,
+            **rows.options(rows.warps),
         )

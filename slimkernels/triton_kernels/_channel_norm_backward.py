@@ -5,10 +5,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.triton_kernels._channel_norm import group_parts, load_gradient, load_statistics, merge_tile
 from slimkernels.triton_kernels._common import ceil_div, on_device
-from slimkernels.triton_kernels._norm import empty_gradients, load_parameter, sum_partials, what_is_saved
-from slimkernels.triton_kernels._rows import Rows, new_output, one_stride, row_offsets, row_strides, rows_of
+from slimkernels.triton_kernels._norm import (
+    before_activation,
+    empty_gradients,
+    load_channels,
+    load_parameter,
+    sum_partials,
+    what_is_saved,
+)
+from slimkernels.triton_kernels._rows import (
+    Rows,
+    group_parts,
+    merge_tile,
+    new_output,
+    one_stride,
+    place,
+    row_offsets,
+    row_strides,
+    rows_of,
+)
+
+
+@triton.jit
+def load_gradient(
+    dy_ptr,
+    x_ptr,
+    saved_ptr,
+    offs_r,
+    columns,
+    mask,
+    batch,
+    inner,
+    mean,
+    invstd,
+    weight,
+    bias,
+    stride_dn,
+    stride_dl,
+    stride_dc,
+    stride_xn,
+    stride_xl,
+    stride_xc,
+    stride_sn,
+    stride_sl,
+    stride_sc,
+    FORM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVED: tl.constexpr,
+):
+    """Of one tile: the gradient at the activation's input, and the normalised input; both zero outside the mask."""
+    at = row_offsets(offs_r, batch, inner, stride_dn, stride_dl, FORM)
+    dz = tl.load(dy_ptr + at[:, None] + columns * stride_dc, mask=mask, other=0.0).to(tl.float32)
+    at = row_offsets(offs_r, batch, inner, stride_xn, stride_xl, FORM)
+    x = tl.load(x_ptr + at[:, None] + columns * stride_xc, mask=mask, other=0.0).to(tl.float32)
+    xhat = tl.where(mask, (x - mean[None, :]) * invstd[None, :], 0.0)
+    saved = xhat
+    if SAVED != "none":
+        at = row_offsets(offs_r, batch, inner, stride_sn, stride_sl, FORM)
+        saved = tl.load(saved_ptr + at[:, None] + columns * stride_sc, mask=mask, other=0.0).to(tl.float32)
+    return before_activation(dz, xhat, weight[None, :], bias[None, :], saved, ACTIVATION, SAVED), xhat
 
 
 @triton.jit(do_not_specialize=["splits", "steps"])
@@ -50,16 +106,13 @@ def _channel_norm_bwd_sums_kernel(
     ACTIVATION: tl.constexpr,
     SAVED: tl.constexpr,
 ):
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    part = tl.program_id(0) // tiles_c
-    batch, split = part // splits, part % splits
-    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
+    part, batch, split, offs_c, mask_c = place(C, splits, BLOCK_C)
     columns = offs_c.to(tl.int64)[None, :]
     group = batch * groups + offs_c // group_size
-    mean, invstd = load_statistics(mean_ptr, spread_ptr, group, 1, 1, mask_c, eps, INVERSE)
-    weight = load_parameter(weight_ptr, offs_c, stride_w, mask_c, HAS_WEIGHT, 1.0)
-    bias = load_parameter(bias_ptr, offs_c, stride_b, mask_c, HAS_BIAS, 0.0)
+    mean, invstd, weight, bias = load_channels(
+        *(mean_ptr, spread_ptr, weight_ptr, bias_ptr, group, offs_c, mask_c, 1, 1, stride_w, stride_b),
+        *(eps, INVERSE, HAS_WEIGHT, HAS_BIAS),
+    )
     sum_xhat = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     sum_dz = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     start = split.to(INDEX) * steps * BLOCK_R
@@ -174,18 +227,15 @@ def _channel_norm_bwd_x_kernel(
     NEED_DX: tl.constexpr,
     NEED_DRESIDUAL: tl.constexpr,
 ):
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    part = tl.program_id(0) // tiles_c
-    batch, tile = part // row_tiles, part % row_tiles
-    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    _, batch, tile, offs_c, mask_c = place(C, row_tiles, BLOCK_C)
     offs_r = tile.to(INDEX) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_c = offs_c < C
     mask = (offs_r < ROWS)[:, None] & mask_c[None, :]
     columns = offs_c.to(tl.int64)[None, :]
     group = batch * groups + offs_c // group_size
-    mean, invstd = load_statistics(mean_ptr, spread_ptr, group, 1, 1, mask_c, eps, INVERSE)
-    weight = load_parameter(weight_ptr, offs_c, stride_w, mask_c, HAS_WEIGHT, 1.0)
-    bias = load_parameter(bias_ptr, offs_c, stride_b, mask_c, HAS_BIAS, 0.0)
+    mean, invstd, weight, bias = load_channels(
+        *(mean_ptr, spread_ptr, weight_ptr, bias_ptr, group, offs_c, mask_c, 1, 1, stride_w, stride_b),
+        *(eps, INVERSE, HAS_WEIGHT, HAS_BIAS),
+    )
     dz, xhat = load_gradient(
         *(dy_ptr, x_ptr, saved_ptr, offs_r, columns, mask, batch, inner, mean, invstd, weight, bias),
         *(stride_dn, stride_dl, stride_dc, stride_xn, stride_xl, stride_xc, stride_sn, stride_sl, stride_sc),
@@ -206,8 +256,8 @@ def _channel_norm_bwd_x_kernel(
 def backward(
     dy: Tensor,  # (N, c, *)
     x: Tensor,  # (N, c, *)
-    mean: Tensor,  # (batches, groups), contiguous
-    spread: Tensor,  # (batches, groups), contiguous
+    mean: Tensor,  # (batches, groups)
+    spread: Tensor,  # (batches, groups)
     weight: Tensor | None,
     bias: Tensor | None,
     output: Tensor | None,
@@ -232,21 +282,17 @@ def backward(
     dresidual, dresidual_work = new_output(given[1]) if need_dresidual else (dy.new_empty(0), None)
     out = dx_work if dx_work is not None else dresidual_work
     rows = rows_of(x, dy, saved, out, batched=batched)
-    tensors = (dy, x, mean, spread, weight, bias, saved)
+    tensors = (dy, x, mean.contiguous(), spread.contiguous(), weight, bias, saved)
     steady = [*row_strides(dy, rows), *row_strides(x, rows)]
     steady += [0 if t is None else t.stride(0) for t in (weight, bias)]
     steady += row_strides(saved, rows)
-    flags = dict(
-        BLOCK_R=rows.block_r,
-        BLOCK_C=rows.block_c,
-        FORM=rows.form,
-        INDEX=rows.index,
+    # Three tensors' tiles and the sums are held at once: twice as many threads as forward share them.
+    flags = rows.options(2 * rows.warps) | dict(
         INVERSE=inverse,
         HAS_WEIGHT=weight is not None,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         SAVED=saved_name,
-        num_warps=rows.warps,
     )
     groups = ceil_div(rows.channels, group_size)
     moments, dw, db = None, *empty_gradients(weight, bias, need_dw, need_db, dy)

@@ -80,6 +80,39 @@ def load_parameter(ptr, offs, stride, mask, GIVEN: tl.constexpr, absent):
     return tl.zeros(offs.shape, tl.float32) + absent
 
 
+@triton.jit
+def load_statistics(mean_ptr, spread_ptr, at, stride_m, stride_s, mask, eps, INVERSE: tl.constexpr):
+    """Mean and inverse standard deviation in float32."""
+    mean = tl.load(mean_ptr + at.to(tl.int64) * stride_m, mask=mask, other=0.0).to(tl.float32)
+    spread = tl.load(spread_ptr + at.to(tl.int64) * stride_s, mask=mask, other=1.0).to(tl.float32)
+    return mean, spread if INVERSE else tl.rsqrt(spread + eps)
+
+
+@triton.jit
+def load_channels(
+    mean_ptr,
+    spread_ptr,
+    weight_ptr,
+    bias_ptr,
+    group,  # of each channel, among those of all batches
+    offs_c,
+    mask_c,
+    stride_m,
+    stride_s,
+    stride_w,
+    stride_b,
+    eps,
+    INVERSE: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Mean, inverse standard deviation, weight and bias of some channels, in float32."""
+    mean, invstd = load_statistics(mean_ptr, spread_ptr, group, stride_m, stride_s, mask_c, eps, INVERSE)
+    weight = load_parameter(weight_ptr, offs_c, stride_w, mask_c, HAS_WEIGHT, 1.0)
+    bias = load_parameter(bias_ptr, offs_c, stride_b, mask_c, HAS_BIAS, 0.0)
+    return mean, invstd, weight, bias
+
+
 @triton.jit(do_not_specialize=["P", "FULL"])
 def _norm_bwd_w_kernel(
     partial_ptr,  # (P, 2, C) in float32: of the weight's gradient, and of the bias's

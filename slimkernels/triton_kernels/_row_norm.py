@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimkernels.triton_kernels._common import MULTIPROCESSORS, apply_activation, ceil_div, on_device
+from slimkernels.triton_kernels._common import MULTIPROCESSORS, aligned, apply_activation, ceil_div, on_device
 from slimkernels.triton_kernels._norm import before_activation, load_parameter, sum_partials, what_is_saved
 
 # A row up to this size stays in registers from the statistics to the store; a longer one is read again in pieces.
@@ -249,8 +249,9 @@ def backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else dy.new_empty(0)
     dresidual = torch.empty_like(x, memory_format=torch.contiguous_format) if need_dresidual else dy.new_empty(0)
     block_m, block_c, warps = pick_tile(m, c)
-    # The sums of dw and db take as many registers again: the widest rows are shared by twice the threads.
-    warps = max(warps, block_c // 256)
+    # The sums of dw and db take as many registers again, and addresses of elements that are loaded one by one too: twice
+    # the threads share the widest rows, and rows of ragged widths.
+    warps = max(warps if aligned(dy2, x2, saved2, sizes=(c,)) else 8, block_c // 256)
     tiles = ceil_div(m, block_m)
     # Few partial sums: a program walks over many rows. Without them there is a program a tile.
     steps = ceil_div(tiles, 2 * MULTIPROCESSORS) if need_dw or need_db else 1

@@ -1,7 +1,7 @@
 """Tensors ``(N, c, *)`` as rows of channels, in any layout, and how rows and channels are cut into tiles."""
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +42,10 @@ class Rows(NamedTuple):
     def index(self) -> tl.dtype:
         """Type of a row's number: a division of 64-bit numbers takes a hundred instructions."""
         return tl.int32 if self.rows + self.block_r < 2**31 else tl.int64
+
+    def options(self, warps: int) -> dict[str, Any]:
+        """What every kernel over tiles of rows and channels is launched with."""
+        return dict(BLOCK_R=self.block_r, BLOCK_C=self.block_c, FORM=self.form, INDEX=self.index, num_warps=warps)
 
 
 def strides(t: Tensor | None) -> tuple[int, int, int]:
@@ -106,3 +110,28 @@ def row_offsets(offs_r, batch, inner, stride_n, stride_l, FORM: tl.constexpr):
     if FORM == "batch":
         return batch.to(tl.int64) * stride_n + offs_r.to(tl.int64) * stride_l
     return (offs_r // inner).to(tl.int64) * stride_n + (offs_r % inner).to(tl.int64) * stride_l
+
+
+@triton.jit
+def place(C, parts, BLOCK_C: tl.constexpr):
+    """Of this program: its part of all rows, the batch and the part of that batch, its channels and their mask."""
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    part = tl.program_id(0) // tiles_c
+    offs_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return part, part // parts, part % parts, offs_c, offs_c < C
+
+
+@triton.jit
+def group_parts(offs_g, offs_p, C, splits, group_size, groups):
+    """Of the groups ``offs_g`` of all batches, the parts ``offs_p`` (splits times channels): where, which split, and mask."""
+    batch, first = offs_g // groups, offs_g % groups * group_size
+    split = offs_p // group_size
+    channel = first[:, None] + (offs_p % group_size)[None, :]
+    at = (batch.to(tl.int64) * splits)[:, None] + split[None, :]
+    return at * (2 * C) + channel, split, (split < splits)[None, :] & (channel < C)
+
+
+def merge_tile(groups: int, parts: int) -> tuple[int, int]:
+    """Groups and parts of a tile of a merging kernel: as many parts as there are, up to 64, and groups to fill it."""
+    block_p = min(64, triton.next_power_of_2(parts))
+    return min(1024 // block_p, 32, triton.next_power_of_2(groups)), block_p

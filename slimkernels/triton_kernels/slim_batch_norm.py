@@ -1,12 +1,10 @@
 """``slim_batch_norm`` on GPUs: the launchers; the kernels are those of ``_channel_norm``."""
 
-import torch
 from torch import Tensor
 
 from slimkernels.reference import slim_batch_norm as reference
 from slimkernels.triton_kernels import _channel_norm, _channel_norm_backward
 from slimkernels.triton_kernels._norm import takes
-from slimkernels.triton_kernels._rows import new_output, one_stride, rows_of
 
 
 def slim_batch_norm(
@@ -25,23 +23,13 @@ def slim_batch_norm(
         return reference.slim_batch_norm(
             x, running_mean, running_var, weight, bias, training, eps, activation, residual
         )
-    c = x.shape[1]
-    y, y_work = new_output(x)
-    x = one_stride(x)
-    residual = None if residual is None else one_stride(residual)
-    rows = rows_of(x, residual, y_work, batched=False)
-    if training:
-        mean, var = (t.view(c) for t in _channel_norm.statistics(x, rows, 1, eps, False))
-        source, copies = (mean, var), None
-    else:
+    running = None
+    if not training:
         assert running_mean is not None
         assert running_var is not None
-        mean, var = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
-        source, copies = (running_mean, running_var), (mean, var)
-    _channel_norm.normalize(
-        x, *source, weight, bias, residual, y_work, copies, rows, 1, eps, inverse=False, activation=activation
-    )
-    return y if y_work is y else y.copy_(y_work), mean, var
+        running = running_mean, running_var
+    y, mean, var = _channel_norm.forward(x, weight, bias, residual, running, 1, eps, False, False, activation)
+    return y, mean.view(-1), var.view(-1)
 
 
 def slim_batch_norm_backward(
@@ -67,8 +55,7 @@ def slim_batch_norm_backward(
         return reference.slim_batch_norm_backward(
             dy, x, mean, var, weight, bias, output, residual, training, eps, activation, *needs
         )
-    statistics = mean.contiguous(), var.contiguous()
     return _channel_norm_backward.backward(
-        *(dy, x, *statistics, weight, bias, output, residual, 1, eps),
+        *(dy, x, mean, var, weight, bias, output, residual, 1, eps),
         *(False, False, training, activation, *needs),
     )

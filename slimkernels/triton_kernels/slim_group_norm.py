@@ -5,7 +5,6 @@ from torch import Tensor
 from slimkernels.reference import slim_group_norm as reference
 from slimkernels.triton_kernels import _channel_norm, _channel_norm_backward
 from slimkernels.triton_kernels._norm import takes
-from slimkernels.triton_kernels._rows import new_output, one_stride, rows_of
 
 
 def slim_group_norm(
@@ -20,18 +19,8 @@ def slim_group_norm(
     """As the reference of this name; what the kernels do not take composes ATen."""
     if not takes(x):
         return reference.slim_group_norm(x, weight, bias, group_size, eps, activation, residual)
-    y, y_work = new_output(x)
-    x = one_stride(x)
-    residual = None if residual is None else one_stride(residual)
-    rows = rows_of(x, residual, y_work, batched=True)
     group_size = min(group_size, x.shape[1])
-    mean, invstd = _channel_norm.statistics(x, rows, group_size, eps, True)
-    _channel_norm.normalize(
-        *(x, mean, invstd, weight, bias, residual, y_work, None, rows, group_size, eps),
-        inverse=True,
-        activation=activation,
-    )
-    return y if y_work is y else y.copy_(y_work), mean, invstd
+    return _channel_norm.forward(x, weight, bias, residual, None, group_size, eps, True, True, activation)
 
 
 def slim_group_norm_backward(
@@ -56,8 +45,7 @@ def slim_group_norm_backward(
         return reference.slim_group_norm_backward(
             dy, x, mean, invstd, weight, bias, output, residual, group_size, activation, *needs
         )
-    statistics = mean.contiguous(), invstd.contiguous()
     return _channel_norm_backward.backward(
-        *(dy, x, *statistics, weight, bias, output, residual, min(group_size, x.shape[1]), 0.0),
+        *(dy, x, mean, invstd, weight, bias, output, residual, min(group_size, x.shape[1]), 0.0),
         *(True, True, True, activation, *needs),
     )
