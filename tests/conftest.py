@@ -1,5 +1,7 @@
 """Every test runs with fresh memory poisoned and a fixed seed, on one thread unless it asks for more."""
 
+import os
+
 import pytest
 import torch
 
@@ -27,8 +29,12 @@ def _poisoned_memory_and_seed():
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # a shared 2-core machine loses whole scheduler ticks in OpenMP barriers
-    if DEVICE != "cpu":  # PyTorch's own default is tf32 in cuDNN and exact products elsewhere
-        precision = "tf32" if TF32 else "ieee"
-        for switch in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-            switch.fp32_precision = precision
+    if DEVICE != "cpu":
+        # PyTorch's own default is tf32 in cuDNN and exact products elsewhere. The older switches: where the newer ones
+        # are set for one op alone, PyTorch 2.11 cannot say what the older ones are, and torch.compile asks.
+        torch.set_float32_matmul_precision("high" if TF32 else "highest")
+        torch.backends.cudnn.allow_tf32 = TF32
+        # Without it cuBLAS warns in each call of a deterministic run; some of PyTorch's own kernels always do.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")

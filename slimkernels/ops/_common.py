@@ -95,7 +95,7 @@ def on_gpu(name: str, *modules: str) -> None:
 
     def run(*args):
         if not loaded:
-            loaded.extend(load())
+            loaded[:] = list(load())
         for kernel in loaded:
             result = kernel(*args)
             if result is not NotImplemented:

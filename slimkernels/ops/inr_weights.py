@@ -129,7 +129,7 @@ def inr_weights(
         scale = None if scale is None else scale.to(cast)
     check_same_dtype_device("inr_weights", parameters.w_in, **parameters._asdict(), scale=scale)
     if isinstance(seed, int):
-        seed = torch.full((), seed, dtype=torch.int64)
+        seed = torch.full((), seed, dtype=torch.int64, device="cpu")  # a constant of the call, wherever it runs
     if seed is not None:
         check_shape("inr_weights", "seed", seed, ())
         if seed.dtype != torch.int64:

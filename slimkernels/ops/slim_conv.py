@@ -50,7 +50,8 @@ def slim_conv(
 
     On a GPU, 1d and 2d, dense and grouped: Triton kernels that read the weight in place and fuse bias, residual and
     activation. They work on channels-last tensors (others are copied into that order, and back), and load 16 bytes at once
-    where the weight is channels-last too and active channels are multiples of 16. Depthwise 1d and 2d: CUDA C++.
+    where the weight is channels-last too, as a module's is once it was moved to a GPU, and active channels are multiples
+    of 16. Depthwise 1d and 2d: CUDA C++.
     3d and float64 are PyTorch's.
 
     Raises: ValueError when a shape, a width or a name does not fit, TypeError when dtypes differ.

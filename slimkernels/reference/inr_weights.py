@@ -97,7 +97,12 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
-def noise_offsets(seed: int, sample: int, tensor: int, axis: int, index: Tensor, limit: float) -> Tensor:
+def _known(seed: Tensor | None) -> int | Tensor:
+    """A seed on the CPU as a number; one on a GPU stays there, as to read it would be to wait."""
+    return 0 if seed is None else int(seed) if seed.device.type == "cpu" else seed
+
+
+def noise_offsets(seed: int | Tensor, sample: int, tensor: int, axis: int, index: Tensor, limit: float) -> Tensor:
     """Uniform in [-0.5, 0.5) for each ``index`` (int64), clamped to +-``limit``; a function of its arguments alone."""
     key = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF)) + sample & 0xFFFFFFFF)
     key = _mix(_mix(key + tensor & 0xFFFFFFFF) + axis & 0xFFFFFFFF)
@@ -125,7 +130,7 @@ def encode_axis(v: Tensor, bands: int) -> Tensor:  # (n) -> (n, 1 + 2 * bands)
 
 class _Noise(NamedTuple):
     kind: str
-    seed: int
+    seed: int | Tensor
     limit: float
 
 
@@ -264,7 +269,7 @@ def inr_weights(
     """``base[:c_out, :c_in] + scale * mean over samples of mlp(encoding) / c_in``, each job in its layout."""
     source = w_in.dtype
     mlps = _wide(w_in, b_in, w_hidden, b_hidden, skip, w_out, b_out)
-    noisy = _Noise(noise, 0 if seed is None else int(seed), limit)
+    noisy = _Noise(noise, _known(seed), limit)
     parts, saved = [], []
     for job in jobs(active, spec):
         p = InrParameters(*(t[job.mlp] for t in mlps))
@@ -318,7 +323,7 @@ def inr_weights_backward(
     """Gradients of the seven parameter tensors and of ``scale`` (empty when there is none)."""
     source = w_in.dtype
     mlps = _wide(w_in, b_in, w_hidden, b_hidden, skip, w_out, b_out)
-    noisy = _Noise(noise, 0 if seed is None else int(seed), limit)
+    noisy = _Noise(noise, _known(seed), limit)
     grads = InrParameters(*(torch.zeros_like(t) for t in mlps))
     dscale = mlps.w_in.new_zeros(0 if scale is None else scale.shape[0])
     by_output = activation in OUTPUT_ACTIVATIONS

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -142,3 +144,18 @@ def test_slim_conv_module_widths_compile_to_few_graphs():
 def test_slim_conv_module_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_moved_to_a_gpu_a_weight_lies_channels_last(monkeypatch):
+    """Here ``meta`` is the GPU."""
+    monkeypatch.setattr(sys.modules["slimkernels.nn.conv"], "on_gpu", lambda weight: weight.is_meta)
+    with torch.device("cpu"):
+        conv, depthwise, line = slim.SlimConv2d(8, 6, 3), slim.SlimConv2d(8, 8, 3, groups=8), slim.SlimConv1d(8, 6, 3)
+    assert conv.weight.is_contiguous()
+    conv.to("meta")
+    assert conv.weight.stride(1) == 1
+    assert isinstance(conv.weight, torch.nn.Parameter)
+    conv.to(memory_format=torch.contiguous_format)  # asked for after the move
+    assert conv.weight.is_contiguous()
+    assert depthwise.to("meta").weight.is_contiguous()
+    assert line.to("meta").weight.is_contiguous()

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimkernels.nn import SlimEmbedding
-from tests.helpers import check_graphs
+from tests.helpers import DEVICE, check_graphs
 
 OPTIONS = [
     {},
@@ -15,7 +15,7 @@ OPTIONS = [
     {"sparse": True},
     {"sparse": True, "padding_idx": 2, "max_norm": 1.0},  # torch has no sparse gradient with scale_grad_by_freq
 ]
-INDEX = torch.tensor([[0, 2, 5], [5, 1, 5]])
+INDEX = torch.tensor([[0, 2, 5], [5, 1, 5]], device=DEVICE)
 
 
 def pair(**options):

@@ -4,7 +4,7 @@ import torch
 from benchmarks.published_inr import coordinates, encode, evaluate, generate
 from slimkernels.ops import InrParameters, InrTensor, inr_weights
 from slimkernels.reference import inr_weights as reference
-from tests.helpers import DTYPES, check_as_good_as_pytorch, check_gradients, check_graphs, dtype_id, error
+from tests.helpers import DEVICE, DTYPES, check_as_good_as_pytorch, check_gradients, check_graphs, dtype_id, error
 
 NORM = 128.0
 
@@ -298,7 +298,7 @@ def test_inr_weights_autocast_and_result_dtype():
     p = InrParameters(*(t.requires_grad_() for t in networks(3)))
     plain = inr_weights(p, tensors, active, norm=NORM, dtype=torch.bfloat16)
     assert all(w.dtype == torch.bfloat16 for w in plain)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         weights = inr_weights(p, tensors, active, norm=NORM, base=base, scale=scale)
     assert all(w.dtype == torch.float32 for w in weights)
     sum(w.sum() for w in weights).backward()
@@ -379,3 +379,11 @@ A = [(4, 3), (4, 1)]
 def test_inr_weights_errors(args, kwargs, kind, message):
     with pytest.raises(kind, match=message):
         inr_weights(*args, **({"norm": NORM} | kwargs))
+
+
+@pytest.mark.parametrize("seed", [0, 7, -3, 2**40 + 5, -(2**62)])
+def test_inr_weights_offsets_are_the_same_for_a_seed_that_is_a_tensor(seed):
+    """A seed on a GPU is not read back: all arithmetic on it is that of tensors."""
+    index = torch.arange(50)
+    expected = reference.noise_offsets(seed, 2, 1, 1, index, 0.5)
+    assert torch.equal(reference.noise_offsets(torch.tensor(seed), 2, 1, 1, index, 0.5), expected)

@@ -9,6 +9,7 @@ import torch
 from benchmarks.bench_inr_weights import WORKLOADS, Published, Recomputing
 from benchmarks.harness import Provider, caller, extra_bytes
 from slimkernels._extension import cpp_available
+from tests.helpers import DEVICE
 
 SCRIPT = """
 import sys, torch
@@ -47,7 +48,9 @@ def peak(way: str, channels: int) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.skipif(not cpp_available(), reason="the reference recomputes in larger pieces")
+@pytest.mark.skipif(
+    not cpp_available() or DEVICE != "cpu", reason="the C++ kernel's memory: it is not built, or not asked"
+)
 def test_inr_weights_recompute_needs_memory_for_the_weights_alone():
     curve = {channels: peak("recompute", channels) for channels in (64, 256)}
     weights = {channels: channels**2 * 9 * 4 for channels in curve}
@@ -59,7 +62,9 @@ def test_inr_weights_recompute_needs_memory_for_the_weights_alone():
     assert curve[256] + kept / 2 <= peak("full", 256)
 
 
-@pytest.mark.skipif(not cpp_available(), reason="the reference recomputes in larger pieces")
+@pytest.mark.skipif(
+    not cpp_available() or DEVICE != "cpu", reason="the C++ kernel's memory: it is not built, or not asked"
+)
 def test_inr_weights_recompute_needs_a_tenth_of_eager():
     """The last block of ResNet-20, by PyTorch's allocator: results, gradients, and the kernel's own arrays."""
     options = (WORKLOADS["resnet20-last-block"], 256, 4, 16, torch.float32)

@@ -49,7 +49,7 @@ def test_inference_gives_the_same_numbers(kind, dtype, directions, steps, batch)
 @pytest.mark.parametrize("kind", KINDS)
 def test_inference_of_packed_rows_and_input_blocks(kind):
     fn, make = KINDS[kind]
-    weights, sizes = make(16, 12, layers=2, directions=2), torch.tensor([4, 4, 3, 1])
+    weights, sizes = make(16, 12, layers=2, directions=2), torch.tensor([4, 4, 3, 1], device="cpu")
     x = torch.randn(12, 10)
     options = {"num_layers": 2, "bidirectional": True, "batch_sizes": sizes, "in_blocks": 2}
     with torch.no_grad():
@@ -105,6 +105,11 @@ def test_inference_compiles_to_few_graphs(kind):
 @pytest.mark.skipif(not torch._C._dispatch_has_kernel_for_dispatch_key("slimkernels::slim_gru", "CPU"), reason="no C++")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_op_guards_memory_by_itself(kind):
+    with torch.device("cpu"):
+        refuses_what_does_not_fit(kind)
+
+
+def refuses_what_does_not_fit(kind):
     weights = KINDS[kind][1](8, 6, layers=2)
     start = op_arguments(kind, states(kind, 2, 2, 7))
     op, x = getattr(OPS, f"slim_{kind}_inference").default, torch.randn(3, 2, 5)

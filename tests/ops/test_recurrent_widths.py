@@ -39,7 +39,7 @@ def test_packed_rows(kind, proj, sizes, dtype):
     of, extra = KINDS[kind], {"proj": proj, "full_proj": proj and proj + 2} if kind == "lstm" else {}
     (_, weights, h, *states), kwargs = of.sample(1, sizes[0], 9, 33, 12, 36, layers=2, directions=2, **extra)
     args = (torch.randn(sum(sizes), 9), weights, h, *states)
-    check_as_good_as_pytorch(of.ours, of.oracle, args, kwargs | {"sizes": torch.tensor(sizes)}, dtype)
+    check_as_good_as_pytorch(of.ours, of.oracle, args, kwargs | {"sizes": torch.tensor(sizes, device="cpu")}, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -6,6 +6,7 @@ from slimkernels.ops import slim_batch_norm
 from slimkernels.ops._common import ACTIVATIONS
 from slimkernels.reference import _activation
 from tests.helpers import (
+    DEVICE,
     DEVICES,
     DTYPES,
     ODD_SIZES,
@@ -227,7 +228,7 @@ def test_slim_batch_norm_compiles_to_few_graphs(training):
 
 def test_slim_batch_norm_autocast_keeps_the_dtype_of_x():
     x, weight = torch.randn(4, 6, 3).bfloat16(), torch.randn(8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = slim_batch_norm(x, None, None, weight, training=True, residual=torch.randn(4, 6, 3))
     assert y.dtype == torch.bfloat16
 

@@ -7,6 +7,7 @@ from slimkernels.ops import slim_conv
 from slimkernels.ops._common import ACTIVATIONS
 from slimkernels.reference import _activation
 from tests.helpers import (
+    DEVICE,
     DEVICES,
     DTYPES,
     ODD_SIZES,
@@ -282,7 +283,7 @@ def test_slim_conv_compiles_to_few_graphs(depthwise, channels_last):
 
 def test_slim_conv_autocast_runs_in_the_autocast_dtype():
     x, weight = torch.randn(2, 8, 6, 6), torch.randn(12, 16, 3, 3, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = slim_conv(x, weight, None, 10)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

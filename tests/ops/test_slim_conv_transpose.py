@@ -6,6 +6,7 @@ from slimkernels.ops import slim_conv_transpose
 from slimkernels.ops._common import ACTIVATIONS
 from slimkernels.reference import _activation
 from tests.helpers import (
+    DEVICE,
     DEVICES,
     DTYPES,
     ODD_SIZES,
@@ -153,7 +154,7 @@ def test_slim_conv_transpose_compiles_to_few_graphs():
 
 def test_slim_conv_transpose_autocast_runs_in_the_autocast_dtype():
     x, weight = torch.randn(2, 8, 6, 6), torch.randn(16, 12, 3, 3, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = slim_conv_transpose(x, weight, None, 10)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

@@ -6,6 +6,7 @@ from slimkernels.ops import slim_group_norm
 from slimkernels.ops._common import ACTIVATIONS
 from slimkernels.reference import _activation
 from tests.helpers import (
+    DEVICE,
     DEVICES,
     DTYPES,
     ODD_SIZES,
@@ -137,7 +138,7 @@ def test_slim_group_norm_compiles_to_few_graphs():
 
 def test_slim_group_norm_autocast_keeps_the_dtype_of_x():
     x, weight = torch.randn(4, 6).bfloat16(), torch.randn(8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert slim_group_norm(x, weight, group_size=2, residual=torch.randn(4, 6)).dtype == torch.bfloat16
 
 

@@ -7,6 +7,7 @@ from slimkernels.ops import slim_linear
 from slimkernels.ops._common import ACTIVATIONS
 from slimkernels.reference import _activation
 from tests.helpers import (
+    DEVICE,
     DEVICES,
     DTYPES,
     ODD_SIZES,
@@ -105,7 +106,7 @@ def test_slim_linear_compiles_to_few_graphs():
 
 def test_slim_linear_autocast_runs_in_the_autocast_dtype():
     x, weight = torch.randn(4, 8), torch.randn(12, 16, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = slim_linear(x, weight, None, 10)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()

@@ -4,6 +4,7 @@ from torch import _VF
 
 from slimkernels.ops import slim_lstm
 from tests.helpers import (
+    DEVICE,
     DEVICES,
     DTYPES,
     ODD_SIZES,
@@ -125,7 +126,7 @@ def test_slim_lstm_packed(sizes, directions, dtype):
     (_, weights, h, h0, c0), kwargs = sample(1, sizes[0], 9, 11, 12, 16, layers=2, directions=directions)
     x = torch.randn(sum(sizes), 9)
     args = (x, weights, h, h0, c0)
-    check_as_good_as_pytorch(ours, oracle, args, kwargs | {"sizes": torch.tensor(sizes)}, dtype)
+    check_as_good_as_pytorch(ours, oracle, args, kwargs | {"sizes": torch.tensor(sizes, device="cpu")}, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -266,7 +267,7 @@ def test_slim_lstm_compiles_to_few_graphs():
 
 def test_slim_lstm_autocast_runs_in_the_autocast_dtype():
     weights = [w.requires_grad_() for w in make_weights(8, 6)]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y, (h_n, c_n) = slim_lstm(torch.randn(3, 2, 5), weights, 7, (torch.randn(1, 2, 7), torch.randn(1, 2, 7)))
     assert y.dtype == h_n.dtype == c_n.dtype == torch.bfloat16
     y.float().sum().backward()
@@ -277,7 +278,7 @@ def test_slim_lstm_autocast_runs_in_the_autocast_dtype():
 
 
 X, W = torch.randn(3, 2, 5), make_weights(8, 6)
-S = torch.tensor([2, 1])
+S = torch.tensor([2, 1])  # on the CPU, as PyTorch has batch sizes
 
 
 @pytest.mark.parametrize(

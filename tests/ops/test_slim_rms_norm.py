@@ -6,6 +6,7 @@ from slimkernels.ops import slim_rms_norm
 from slimkernels.ops._common import ACTIVATIONS
 from slimkernels.reference import _activation
 from tests.helpers import (
+    DEVICE,
     DEVICES,
     DTYPES,
     ODD_SIZES,
@@ -126,7 +127,7 @@ def test_slim_rms_norm_compiles_to_few_graphs():
 
 def test_slim_rms_norm_autocast_keeps_the_dtype_of_x():
     x, weight = torch.randn(4, 6).bfloat16(), torch.randn(8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert slim_rms_norm(x, weight, residual=torch.randn(4, 6)).dtype == torch.bfloat16
 
 
