@@ -321,3 +321,25 @@ def _add_segment(
     segments.append(form)
     for i, node in enumerate(leaving):
         values[node] = made.call_function(operator.getitem, (called, i))
+
+
+def only_used(root: nn.Module, form: Form) -> nn.Module:
+    """A tree with the modules and tensors that PyTorch still runs, under their names."""
+    held = nn.Module()
+    for name in [*form.modules, *form.attributes]:
+        *path, last = name.split(".")
+        source, target = root, held
+        for part in path:
+            source = source.get_submodule(part)
+            if part not in target._modules:
+                target.add_module(part, nn.Module())
+            target = target.get_submodule(part)
+        if last in source._modules:
+            target._modules[last] = source._modules[last]
+        elif last in source._parameters:
+            target._parameters[last] = source._parameters[last]
+        elif last in source._buffers:
+            target._buffers[last] = source._buffers[last]
+        else:
+            setattr(target, last, getattr(source, last))
+    return held

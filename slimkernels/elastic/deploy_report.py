@@ -55,7 +55,7 @@ class DeployReport:
         console.print(table)
         for name, line in self.stopped.items():
             whole = f"{name} is not traced" if name else "The network is not traced"
-            console.print(f"{whole} and runs unfused: {line}", highlight=False, markup=False)
+            console.print(f"{whole}, what it calls is deployed by itself: {line}", highlight=False, markup=False)
         if self.others:
             console.print(f"{len(self.others)} further operations run in PyTorch.", highlight=False)
         sizes = ", ".join(f"{key}: {size:,}" for key, size in self.cached.items())

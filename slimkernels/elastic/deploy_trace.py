@@ -3,6 +3,7 @@
 import inspect
 import traceback
 import warnings
+from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__)))
 
@@ -30,7 +32,12 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque:
             return True
-        return super().is_leaf_module(m, module_qualified_name) or _is_torch_layer(m)
+        return super().is_leaf_module(m, module_qualified_name) or is_torch_layer(m)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) not in (dict, OrderedDict, immutable_dict):
+            raise TypeError(f"a {type(a).__name__} would become a dict in a graph")
+        return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         try:
@@ -41,7 +48,7 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def _is_torch_layer(module: nn.Module) -> bool:
+def is_torch_layer(module: nn.Module) -> bool:
     """A user's subclass of a layer of torch that computes as that layer does."""
     cls = type(module)
     base: Any = next((b for b in cls.__mro__ if b.__module__.startswith("torch.nn.modules")), nn.Module)
@@ -79,7 +86,7 @@ def trace(net: nn.Module, method: str, left_out: dict[str, Any]) -> Traced:
                 return Traced(None, stopped)
             opaque.add(name)
             continue
-        _without(graph, inspect.signature(getattr(net, method)).parameters)
+        _without(graph, inspect.signature(getattr(type(net), method)).parameters)
         return Traced(graph, stopped)
 
 
