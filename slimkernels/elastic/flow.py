@@ -57,11 +57,11 @@ class Follower(Products, TorchDispatchMode):
         super().__init__()
         self.labels, self.coupling, self.poison, self.used = labels, coupling, poison, used
         self.places, self.spots, self.heads = places, spots, heads
-        self.at: tuple[Place, Any] = ("", 0), None  # the operation that runs
+        self.at: Place = "", "", 0  # the operation that runs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.at = self.places.next(), func
+        self.at = self.places.next(func)
         out = func(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]

@@ -22,7 +22,7 @@ class Products:
     coupling: Coupling
     spots: Spots
     heads: str
-    at: tuple[Place, Any]
+    at: Place
     poison: Callable[[int, str], None]
 
     def _known(self, t: Any) -> Tensor:
@@ -53,8 +53,7 @@ class Products:
         if not labels.dim() or not bool((labels > 0).any()):
             return
         if kind in ("zero", "attention") or (labels.shape[dim] > 1 and labels.numel() == labels.shape[dim]):
-            place, func = self.at
-            self.spots.add(place, Spot(str(func), kind, argument, dim, labels))
+            self.spots.add(self.at, Spot(kind, argument, dim, labels))
             self.coupling.summed.update(n - 1 for n in labels.unique().tolist() if n > 0)
 
     def _op_mm(self, made: Any, a: Tensor, b: Tensor) -> list:
