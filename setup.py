@@ -5,6 +5,7 @@ nvcc is found), TORCH_CUDA_ARCH_LIST, DEBUG=1 (no optimisation, symbols).
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def compile_cuda(extension, target, folder):
     cxx = os.environ.get("CXX", "c++")
     includes = [f for path in [*include_paths(), sysconfig.get_paths()["include"]] for f in ("-isystem", path)]
     stable = ["-DTORCH_TARGET_VERSION=0x020A000000000000", "-DPy_LIMITED_API=0x030B0000"]
+    stable.append(f'-DSK_SOURCES="{runpy.run_path("csrc/cuda/fingerprint.py")["fingerprint"]()}"')
     Path(folder).mkdir(parents=True, exist_ok=True)
 
     def compile_one(source):

@@ -1,6 +1,7 @@
 """The steps of ``make gpu`` that prove: ceilings and recompilations here, build, tests and sanitizer as processes."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -80,21 +81,30 @@ def sanitizer_jobs(out: Path, seconds: float) -> list[Job]:
 
 def build(session: Session) -> str:
     """The CUDA extension for this GPU, where nvcc is; else the one that was carried along."""
-    carried = sorted((ROOT / "slimkernels").glob("_cuda*.so"))
-    nvcc = shutil.which("nvcc")
+    nvcc, told = shutil.which("nvcc"), carried()
     if session.dry:
-        return f"dry: {'nvcc would build it' if nvcc else 'no nvcc'}, {len(carried)} carried along"
+        return f"dry: {'nvcc would build it' if nvcc else 'no nvcc'}; carried along: {told}"
     if nvcc is None:
-        return f"no nvcc; carried along: {', '.join(p.name for p in carried) or 'none, CUDA C++ ops run the reference'}"
+        return f"{'' if told == 'built from these sources' else 'red: '}no nvcc; carried along: {told}"
     major, minor = torch.cuda.get_device_capability()
     environment = {"SLIMKERNELS_CUDA": "1", "SLIMKERNELS_CPP": "0", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}+PTX"}
     words = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | environment, check=False)
     if done.returncode == 0:
         return f"built for sm_{major}{minor}"
-    return f"red: nvcc's build ended with exit status {done.returncode}" + (
-        f"; the tests use {carried[0].name}" if carried else ""
-    )
+    return f"red: nvcc's build ended with exit status {done.returncode}; carried along: {told}"
+
+
+def carried() -> str:
+    """What ``slimkernels/_cuda.abi3.so`` is, asked of a process that loads it."""
+    if not list((ROOT / "slimkernels").glob("_cuda*.so")):
+        return "nothing, CUDA C++ ops run the reference"
+    words = [sys.executable, "-c", "import torch, slimkernels._cuda as cuda; print(getattr(cuda, 'sources', ''))"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"a library that does not load: {done.stderr.strip().splitlines()[-1]}"
+    here = runpy.run_path(str(ROOT / "csrc/cuda/fingerprint.py"))["fingerprint"]()
+    return "built from these sources" if done.stdout.strip() == here else "built from other sources than these"
 
 
 def ceilings(session: Session) -> str:

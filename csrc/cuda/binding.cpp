@@ -179,9 +179,18 @@ STABLE_TORCH_LIBRARY_IMPL(slimkernels_cuda, CUDA, m) {
   m.impl("slice_accumulate", TORCH_BOX(&slimkernels::slice_accumulate));
 }
 
-// `import slimkernels._cuda` registers the operators; the module itself is empty.
+#ifndef SK_SOURCES
+#define SK_SOURCES "unknown"
+#endif
+
+// `import slimkernels._cuda` registers the operators; the module says which sources it was built from (fingerprint.py).
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__cuda() {
   static PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made && PyModule_AddStringConstant(made, "sources", SK_SOURCES) < 0) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkernels.ops._common import autocast_dtype, autograd, define, grad_needed
 from slimkernels.ops._recurrent import check_layers, check_states, check_steps, run_layers
-from slimkernels.ops._recurrent_gpu import gru, on_gpu, used
+from slimkernels.ops._recurrent_gpu import gru, gru_layer, gru_layer_backward, on_gpu, recomputes, used
 from slimkernels.reference import slim_gru as reference
 
 
@@ -52,7 +52,7 @@ def slim_gru(
     needed = grad_needed(x, state, *weights)
     if not needed and not dropout:
         return INFERENCE(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks)
-    save = needed and not recompute
+    save = needed and (not recompute or recomputes(x))
 
     def run(x, states, weights, blocks):
         return LAYER(x, states[0], weights, batch_sizes, bidirectional, h, blocks, save)[:2]
@@ -82,7 +82,7 @@ def _fake(x, h0, weights, batch_sizes, bidirectional, hidden_size, in_blocks, sa
     return (
         x.new_empty((*x.shape[:-1], d * hidden_size)),
         x.new_empty((d, batch, hidden_size)),
-        x.new_empty((d, *x.shape[:-1], 4, hidden_size) if save else (0,)),
+        x.new_empty((d, *x.shape[:-1], 4, hidden_size) if save and not recomputes(x) else (0,)),
     )
 
 
@@ -156,3 +156,5 @@ define(
 autograd("slim_gru", _backward, _setup_context)
 LAYER, INFERENCE = torch.ops.slimkernels.slim_gru.default, torch.ops.slimkernels.slim_gru_inference.default
 on_gpu("slim_gru_inference", gru)
+on_gpu("slim_gru", gru_layer)
+on_gpu("slim_gru_backward", gru_layer_backward)

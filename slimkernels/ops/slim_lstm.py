@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slimkernels.ops._common import autocast_dtype, autograd, define, grad_needed
 from slimkernels.ops._recurrent import check_layers, check_states, check_steps, run_layers
-from slimkernels.ops._recurrent_gpu import lstm, on_gpu, used
+from slimkernels.ops._recurrent_gpu import lstm, lstm_layer, lstm_layer_backward, on_gpu, recomputes, used
 from slimkernels.reference import slim_lstm as reference
 
 State = tuple[Tensor, Tensor]
@@ -64,7 +64,7 @@ def slim_lstm(
     if not needed and not dropout:
         y, h_n, c_n = INFERENCE(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, h, p, in_blocks)
         return y, (h_n, c_n)
-    save = needed and not recompute
+    save = needed and (not recompute or recomputes(x))
 
     def run(x, states, weights, blocks):
         return LAYER(x, *states, weights, batch_sizes, bidirectional, h, p, blocks, save)[:3]
@@ -93,14 +93,15 @@ def _inference_fake(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, 
 
 
 def _fake(x, h0, c0, weights, batch_sizes, bidirectional, hidden_size, proj_size, in_blocks, save):
+    keeps = save and not recomputes(x)
     d, state = 2 if bidirectional else 1, proj_size or hidden_size
     batch = x.shape[1] if batch_sizes is None else h0.shape[1]
     return (
         x.new_empty((*x.shape[:-1], d * state)),
         x.new_empty((d, batch, state)),
         x.new_empty((d, batch, hidden_size)),
-        x.new_empty((d, *x.shape[:-1], 4, hidden_size) if save else (0,)),
-        x.new_empty((d, *x.shape[:-1], hidden_size) if save else (0,)),
+        x.new_empty((d, *x.shape[:-1], 4, hidden_size) if keeps else (0,)),
+        x.new_empty((d, *x.shape[:-1], hidden_size) if keeps else (0,)),
     )
 
 
@@ -166,3 +167,5 @@ define(
 autograd("slim_lstm", _backward, _setup_context)
 LAYER, INFERENCE = torch.ops.slimkernels.slim_lstm.default, torch.ops.slimkernels.slim_lstm_inference.default
 on_gpu("slim_lstm_inference", lstm)
+on_gpu("slim_lstm", lstm_layer)
+on_gpu("slim_lstm_backward", lstm_layer_backward)
