@@ -43,6 +43,8 @@ struct Misfit : std::runtime_error {
 struct Weights {
   at::Tensor packed, bias;       // as the kernels read them
   at::Tensor winograd;           // for 3x3 by Winograd's algorithm, beside `packed`
+  at::Tensor pairs, pair_bias;     // depthwise with bfloat16, two rows of taps at a time
+  at::Tensor stem;                 // bfloat16, an odd number of channels: the taps of a row one after the other
   at::Tensor narrow, narrow_bias;  // for few outputs, several pixels in a vector
   at::Tensor weight, full_bias;  // as PyTorch reads them, where it runs the step
   int64_t out = 0, in = 0, groups = 1, kernel_h = 1, kernel_w = 1;

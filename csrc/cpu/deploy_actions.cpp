@@ -117,6 +117,9 @@ void Planner::depthwise(int index) {
   job.x = plane(step.inputs[0]), job.y = plane(step.output);
   if (step.residual >= 0) job.residual = plane(step.residual);
   job.weight = w.packed.const_data_ptr<float>();
+  if (w.pairs.defined()) {
+    job.pairs = static_cast<const char*>(w.pairs.const_data_ptr()), job.pair_bias = w.pair_bias.const_data_ptr<float>();
+  }
   job.epilogue = {step.activation, w.bias.const_data_ptr<float>()};
   const int64_t shift = first_pixel(step.inputs[0]) - (w.padding[0] * job.x.row + w.padding[1] * job.x.pixel) * bound.element;
   plan.actions.push_back({Runs::kDepthwise, static_cast<int>(plan.depthwises.size()), step.inputs[0], step.residual,
@@ -168,7 +171,10 @@ void Planner::conv(int index) {
   const int64_t taps_y = w.transposed ? 1 : w.kernel_h, taps_x = w.transposed ? 1 : w.kernel_w;
 
   ConvJob job{};
-  for (int64_t ky = 0; ky < taps_y; ++ky) {
+  const bool stem = x.pixel % pair;  // see Planner::memory
+  const int64_t row_units = (w.kernel_w * x.c + 1) / 2;
+  for (int64_t ky = 0; stem && ky < taps_y; ++ky) job.runs.push_back({ky * w.dilation[0] * in.row / pair, row_units, ky * row_units});
+  for (int64_t ky = 0; !stem && ky < taps_y; ++ky) {
     for (int64_t kx = 0; kx < taps_x; ++kx) {
       const int64_t offset = (ky * w.dilation[0] * in.row + kx * w.dilation[1] * in.pixel) / pair;
       const int64_t packed = (ky * taps_x + kx) * channel_units;
@@ -179,7 +185,7 @@ void Planner::conv(int index) {
       }
     }
   }
-  job.depth = taps_y * taps_x * channel_units;
+  job.depth = stem ? taps_y * row_units : taps_y * taps_x * channel_units;
   job.out_c = y.c;
   job.images = x.n;
   job.out_h = w.transposed ? x.h : y.h, job.out_w = w.transposed ? x.w : y.w;
@@ -233,7 +239,7 @@ void Planner::conv(int index) {
   if (done) job.chunks.push_back(cut.size());
   job.runs = std::move(cut);
 
-  const char* weight = static_cast<const char*>(w.packed.const_data_ptr());
+  const char* weight = static_cast<const char*>((stem ? w.stem : w.packed).const_data_ptr());
   const int64_t x_first = first_pixel(from), y_first = first_pixel(step.output);
   const auto add = [&](const ConvJob& given, int64_t x_shift, int64_t y_shift) {
     plan.actions.push_back({Runs::kConv, static_cast<int>(plan.convs.size()), from, step.residual, step.output,

@@ -71,6 +71,10 @@ struct DepthwiseJob {
   int64_t images, out_h, out_w, channels, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   Plane x, y, residual;  // x strides are those of the input
   const float* weight;   // (vectors of channels, kernel_h, kernel_w, lanes)
+  // For bfloat16, two rows of taps at a time, or null: (blocks of two vectors, pairs of rows, kernel_w, 2, lanes, 2), and the bias
+  // in the same order (see deploy_depthwise-inl.h).
+  const char* pairs;
+  const float* pair_bias;
   Epilogue epilogue;
 };
 

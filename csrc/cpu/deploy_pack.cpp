@@ -39,6 +39,18 @@ std::pair<at::Tensor, at::Tensor> pack_narrow(const at::Tensor& weight, const at
   return {weight.permute({2, 3, 1, 0}).repeat({1, 1, 1, times}).contiguous(), bias.narrow(0, 0, out).repeat({times})};
 }
 
+// Depthwise weights and bias in the order of a vector of bfloat16 whose rows were interleaved: within two vectors of channels the
+// first has channels 0 to 3 of every 8, the second 4 to 7.
+std::pair<at::Tensor, at::Tensor> pack_pairs(const at::Tensor& weight, const at::Tensor& bias, int64_t lanes) {
+  const int64_t out = weight.size(0), kh = weight.size(2), kw = weight.size(3), more = up(out, 2 * lanes) - out;
+  const int64_t blocks = (out + more) / (2 * lanes), rows = up(kh, 2) / 2, groups = lanes / 4;
+  // (blocks, groups, half, 4, row pairs, pair, kw)
+  at::Tensor w = at::constant_pad_nd(weight.reshape({out, kh, kw}), {0, 0, 0, up(kh, 2) - kh, 0, more});
+  w = w.reshape({blocks, groups, 2, 4, rows, 2, kw}).permute({0, 4, 6, 2, 1, 3, 5}).to(at::kBFloat16).contiguous();
+  const at::Tensor b = at::constant_pad_nd(bias, {0, more}).reshape({blocks, groups, 2, 4}).transpose(1, 2).contiguous();
+  return {w, b};
+}
+
 }  // namespace
 
 Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
@@ -61,6 +73,10 @@ Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bia
     separate &= w.stride[i] == weight.size(2 + i) && !w.padding[i] && !w.output_padding[i] && w.dilation[i] == 1;
   }
   const at::Tensor values = weight.to(at::kFloat);
+  if (dtype == at::kBFloat16 && groups == 1 && !transposed && w.in % 2) {
+    w.stem = by_vectors(values.permute({2, 3, 1, 0}).reshape({w.kernel_h, w.kernel_w * w.in, w.out}), lanes, dtype);
+    w.stem = w.stem.transpose(0, 1).contiguous();
+  }
   if (!transposed && groups == 1) {
     // The depth of a vector of outputs is the taps one after the other.
     const at::Tensor packed = by_vectors(values.permute({2, 3, 1, 0}).reshape({taps, w.in, w.out}), lanes, dtype);
@@ -75,6 +91,7 @@ Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bia
   } else if (!transposed && groups == w.in && groups == w.out) {
     const at::Tensor wide = at::constant_pad_nd(values.reshape({w.out, taps}), {0, 0, 0, up(w.out, lanes) - w.out});
     w.packed = wide.reshape({wide.size(0) / lanes, lanes, taps}).transpose(1, 2).contiguous();
+    if (dtype == at::kBFloat16) std::tie(w.pairs, w.pair_bias) = pack_pairs(values, w.bias.narrow(0, 0, w.out), lanes);
   }
   const bool odd = dtype == at::kBFloat16 && w.in % 2 && groups == 1;
   if (!w.packed.defined() || odd) {
@@ -95,7 +112,7 @@ Weights pack_affine(const at::Tensor& scale, const at::Tensor& shift) {
 int64_t Bound::bytes() const {
   int64_t total = 0;
   for (const Weights& w : weights) {
-    for (const at::Tensor& t : {w.packed, w.bias, w.winograd, w.narrow, w.narrow_bias, w.weight, w.full_bias}) total += t.defined() ? t.nbytes() : 0;
+    for (const at::Tensor& t : {w.packed, w.bias, w.winograd, w.narrow, w.narrow_bias, w.pairs, w.pair_bias, w.stem, w.weight, w.full_bias}) total += t.defined() ? t.nbytes() : 0;
   }
   return total;
 }

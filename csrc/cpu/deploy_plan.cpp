@@ -162,7 +162,30 @@ void Planner::memory() {
   for (Value& v : values) {
     if (&v == &values[v.root]) v.pixel = v.output >= 0 || v.input >= 0 ? v.c : up(v.c, pair);
   }
+  for (int i = 0; i < inputs_count(); ++i) {
+    if (pair == 2 && dense_pairs(i)) values[i].pixel = values[i].c;
+  }
   for (Value& v : values) v.pixel = values[v.root].pixel;
+}
+
+// The pixels under a row of taps are read as one line of pairs, the one number too many with a weight of 0. So every output has to
+// begin at a pair, and there are zeros around the image, which that number may come from.
+bool Planner::dense_pairs(int input) const {
+  const Value& v = plan.values[input];
+  const int64_t row = (v.w + 2 * v.halo_w) * v.c;
+  if (!imported[input] || v.c % 2 == 0 || v.root != input || row % 2 || !v.halo_w) return false;
+  for (const int o : program.outputs) {
+    if (o == input) return false;
+  }
+  for (size_t i = 0; i < program.steps.size(); ++i) {
+    const Step& s = program.steps[i];
+    if (s.residual == input) return false;
+    if (!std::count(s.inputs.begin(), s.inputs.end(), input)) continue;
+    const Weights& w = bound.weights[i];
+    const bool begins = (v.halo_w - w.padding[1]) % 2 == 0 && w.stride[1] % 2 == 0 && w.dilation[1] == 1;
+    if (s.kind != Kind::kConv || !w.stem.defined() || w.narrow.defined() || !begins) return false;
+  }
+  return true;
 }
 
 bool channels_last(const at::Tensor& t) {

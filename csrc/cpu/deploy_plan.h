@@ -22,6 +22,7 @@ class Planner {
 
   int inputs_count() const { return static_cast<int>(program.input_ranks.size()); }
   bool native_conv(size_t step) const;
+  bool dense_pairs(int input) const;  // whether pixels of an odd number of bfloat16 may lie side by side
   int last_use(int value) const;
   void shapes();
   bool infer(const Step& step, const Weights& weights);

@@ -139,6 +139,7 @@ struct Run {
       std::memset(at, 0, v.halo_w * pixel + v.halo_h * row);
       at += v.halo_w * pixel + v.halo_h * row;
     }
+    std::memset(at, 0, 4);  // what a pair may have beyond the last pixel
   }
 
   // A tensor of any strides to channels side by side; channels beyond it become zeros.
