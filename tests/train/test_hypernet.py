@@ -265,6 +265,16 @@ def test_batch_norms_are_kept_and_calibrated_for_validation():
     assert not torch.equal(state, torch.get_rng_state())
 
 
+def test_tensorboard_gets_the_losses_of_widths_and_the_accuracy_of_unseen_ones(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer(generator(), log_dir=tmp_path, log_every=2, widths=[1.0, 0.5])[0].fit(steps=4)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"loss/1", "loss/0.5", "val/accuracy/1", "val/accuracy/0.5"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Scalars("loss/0.5")] == [2, 4]
+
+
 @pytest.mark.parametrize("amp", ["bf16"])
 def test_mixed_precision(amp):
     gen = generator()
