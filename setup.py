@@ -152,7 +152,7 @@ def arguments():
             except Exception as error:
                 raise SystemExit(
                     f"slimkernels: compiling the CUDA extension failed ({error}); set SLIMKERNELS_CUDA=0 to install"
-                    " without it"
+                    " without it, or TORCH_CUDA_ARCH_LIST to your GPU's architecture (9.0) where nvcc does not know them all"
                 ) from error
 
         def get_ext_filename(self, name):

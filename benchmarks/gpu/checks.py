@@ -40,6 +40,7 @@ def pytest_job(
 ) -> Job:
     progress = out / "items" / f"{name.replace('/', '-').replace(' ', '-')}.jsonl"
     command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.outcomes", "-p", "no:cacheprovider"]
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed there
     return Job(name, [*command, f"--progress={progress}", *words], seconds, environment)
 
 
@@ -81,7 +82,8 @@ def sanitizer_jobs(out: Path, seconds: float) -> list[Job]:
 
 def build(session: Session) -> str:
     """The CUDA extension for this GPU, where nvcc is; else the one that was carried along."""
-    nvcc, told = shutil.which("nvcc"), carried()
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or ""
+    nvcc, told = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin")), carried()
     if session.dry:
         return f"dry: {'nvcc would build it' if nvcc else 'no nvcc'}; carried along: {told}"
     if nvcc is None:

@@ -8,9 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.gpu.progress import CONTEXT_LOST, Progress
+from benchmarks.gpu.progress import CONTEXT_LOST, Progress, context_error
 
 
 def pytest_addoption(parser):
@@ -21,17 +20,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.pluginmanager.register(Outcomes(config), "slimkernels-outcomes")
-
-
-def context_error() -> str:
-    """What CUDA says of this process, "" when all is well."""
-    if not torch.cuda.is_initialized():
-        return ""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return ""
 
 
 class Outcomes:

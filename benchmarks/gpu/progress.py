@@ -8,7 +8,20 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 CONTEXT_LOST = 75  # exit status: no CUDA call of this process will work again
+
+
+def context_error() -> str:
+    """What CUDA says of this process, "" when all is well."""
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 class Progress:

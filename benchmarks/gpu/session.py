@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.outcomes import context_error
-from benchmarks.gpu.progress import CONTEXT_LOST, Progress
+from benchmarks.gpu.progress import CONTEXT_LOST, Progress, context_error
 
 FLUSH_BYTES = 2**28  # more than the last-level cache of any GPU at hand
 

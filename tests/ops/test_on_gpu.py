@@ -1,5 +1,7 @@
 """What only a GPU can show: CUDA graphs hold every op, module and training step; other streams and devices are obeyed."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,17 @@ def test_a_graph_holds_a_sandwich_step():
     torch.cuda.synchronize()
     assert all(p.isfinite().all() for p in model.parameters())
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", [nn.SlimLSTM, nn.SlimGRU])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True}])
+def test_the_packed_slices_are_taken_as_they_lie(kind, options):
+    """cuDNN's order: else PyTorch would copy them once more, and warn."""
+    module = at(kind(24, 32, **options), 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y, _ = module(torch.randn(7, 4, 24))
+        y.sum().backward()
 
 
 @pytest.mark.parametrize("name", MODULES)
