@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "recurrent.h"
+#include "recurrent_stream.h"
 #include "reference_call.h"
 
 #define SK_INL "slim_gru-inl.h"
@@ -53,6 +54,9 @@ std::tuple<at::Tensor, at::Tensor> slim_gru_inference_cpu(const at::Tensor& x, c
     return call_reference<decltype(slim_gru_inference_cpu)>("slimkernels::slim_gru_inference", x, h0, weights,
                                                             batch_sizes, num_layers, bidirectional, hidden_size,
                                                             in_blocks);
+  }
+  if (gru_streams(x, weights, batch_sizes, num_layers, bidirectional)) {
+    if (auto found = gru_stream(x, h0, weights, num_layers, hidden_size, in_blocks)) return *found;
   }
   auto found = recurrent_inference("slim_gru", 3, x, h0, std::nullopt, weights, batch_sizes, num_layers, bidirectional,
                                    hidden_size, 0, in_blocks, false,

@@ -51,7 +51,7 @@ class _SlimRecurrent(SlimModule, nn.RNNBase):
         if self.in_index is not None:
             per_direction = len(self._all_weights[0])
             for at in range(0, per_direction * (2 if self.bidirectional else 1), per_direction):
-                weights[at] = weights[at].index_select(1, self.in_index)
+                weights[at] = weights[at].index_select(1, self.in_index)[:]  # a view, of which no copy is kept
         return weights
 
     def _options(self) -> dict:

@@ -32,6 +32,10 @@ def slim_gru(
     backward but computed again there. On a GPU this is one call of cuDNN, on copies of the active slices; it keeps what it
     needs.
 
+    Streaming, which is one sequence and one step a call, in float32 on the CPU and without gradients, reads the active weights
+    from a packed copy, made once per version and width (256 MiB in all are kept, until the weights are gone). A write through
+    ``.data``, which PyTorch does not count, is noticed by the first and last element of each weight.
+
     Raises: ValueError when a shape, a width, the batch sizes or the number of weights does not fit, TypeError when
     dtypes differ.
     Numerics: 16-bit inputs are multiplied and summed in float32 and rounded at each step's output.
