@@ -65,7 +65,7 @@ struct Entry {
 };
 
 std::mutex mutex;
-std::list<Entry> entries;  // last used first
+std::list<Entry>& entries = *new std::list<Entry>;  // last used first; not destroyed, as PyTorch may be gone by then
 
 at::Tensor pack(const at::Tensor& x, at::TensorList weights, int64_t num_layers, int64_t hidden, int64_t in_blocks) {
   const size_t per = weights.size() / num_layers;
