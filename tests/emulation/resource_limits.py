@@ -13,11 +13,8 @@ PRECISIONS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32,
 
 
 def matrix_cases(shapes: Iterable[str], fast: set[tuple]) -> Iterator:
-    """(shape, dtype, precision, target): every shape in bfloat16 for every target, in float32 for sm_80; the shapes
-    "large" and "ragged", whose tiles take the most, in every dtype for every target."""
+    """(shape, dtype, precision, target): all of them; those that are not ``fast`` in make test-gpu-emulated only."""
     for name, (dtype, precision), target in itertools.product(shapes, PRECISIONS, TARGETS):
-        if dtype != torch.bfloat16 and name not in ("large", "ragged") and (dtype, target) != (torch.float32, "sm_80"):
-            continue
         marks = () if (name, dtype, target) in fast else pytest.mark.slow_emulation
         yield pytest.param(name, dtype, precision, target, marks=marks)
 

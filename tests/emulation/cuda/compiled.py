@@ -1,7 +1,6 @@
 """What nvcc and ptxas make of ``csrc/cuda``: registers, spills, shared memory, instructions."""
 
 import functools
-import hashlib
 import importlib.util
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulation.cuda.library import BUILD, SOURCES
+from tests.emulation.cuda.library import BUILD, SOURCES, included, key_of
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 FLAGS = "-std=c++20 -O3 -Werror all-warnings"
@@ -55,8 +54,8 @@ def run(*command: str) -> str:
 
 def built(stem: str, target: str) -> tuple[Path, str]:
     """The cubin of ``stem``.cu, and what ptxas said; kept for as long as the sources stay as they are."""
-    texts = [path.read_text() for path in [SOURCES / f"{stem}.cu", *sorted(SOURCES.glob("*.*h"))]]
-    key = hashlib.sha256(repr((FLAGS, run("nvcc", "--version"), texts)).encode()).hexdigest()[:16]
+    texts = {path.name: path.read_text() for path in SOURCES.glob("*.*")}
+    key = key_of(FLAGS, run("nvcc", "--version"), included(f"{stem}.cu", texts))
     folder = BUILD / "cubin"
     folder.mkdir(parents=True, exist_ok=True)
     cubin, told = (folder / f"{stem}-{target}-{key}.{suffix}" for suffix in ("cubin", "txt"))

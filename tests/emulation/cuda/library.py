@@ -8,8 +8,10 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,33 +54,55 @@ def planted(text: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
+def included(name: str, texts: Mapping[str, str]) -> dict[str, str]:
+    """Of the sources ``texts`` the one of this name and those that it includes, through others too."""
+    found: dict[str, str] = {}
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        if name in texts and name not in found:
+            found[name] = texts[name]
+            waiting += re.findall(r'#include "([^"]+)"', texts[name])
+    return dict(sorted(found.items()))
+
+
+def key_of(*content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
 def build(stems: tuple[str, ...], bug: tuple[str, str, str] | None = None) -> Path:
-    """The shared library of the ``.cu`` files; ``bug`` is (file, old, new), replaced in a copy of the sources."""
+    """The shared library of the ``.cu`` files; ``bug`` is (file, old, new), replaced in a copy of the sources.
+
+    What a bug does not reach is compiled once for all of them.
+    """
     flags = f"{FLAGS} {SANITIZERS if sanitized() else '-O1'}".split()
     texts = {
         path.name: path.read_text() for path in sorted(SOURCES.glob("*.*")) if path.suffix in (".cu", ".cuh", ".h")
     }
-    emulator = sorted([*HERE.glob("*.h"), *HERE.glob("include/*.h")])
+    emulator = [path.read_text() for path in sorted([*HERE.glob("*.h"), *HERE.glob("include/*.h")])]
     if bug is not None:
         texts[bug[0]] = planted(texts[bug[0]], bug[1], bug[2])
-    key = hashlib.sha256(repr((flags, stems, texts, [path.read_text() for path in emulator])).encode()).hexdigest()[:16]
-    folder = BUILD / f"{stems[0]}-{key}"
-    library = folder / "kernels.so"
+    parts = {stem: included(f"{stem}.cu", texts) for stem in stems}
+    library = BUILD / f"{stems[0]}-{key_of(flags, parts, emulator)}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
 
     def compile_one(stem: str) -> str:
-        target = str(folder / f"{stem}.o")
-        command = ["g++", *flags, f"-I{HERE}/include", "-x", "c++", "-c", str(folder / f"{stem}.cu"), "-o", target]
-        run(command)
-        return target
+        target = BUILD / "objects" / f"{stem}-{key_of(flags, parts[stem], emulator)}.o"
+        if not target.exists():
+            folder = target.with_suffix(f".{os.getpid()}")
+            folder.mkdir(parents=True)
+            for name, text in parts[stem].items():
+                (folder / name).write_text(text)
+            made = folder / target.name
+            run(["g++", *flags, f"-I{HERE}/include", "-x", "c++", "-c", str(folder / f"{stem}.cu"), "-o", str(made)])
+            made.rename(target)
+            shutil.rmtree(folder)
+        return str(target)
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, stems))
-    partial = folder / f"kernels-{os.getpid()}.so"
+    partial = library.with_suffix(f".{os.getpid()}")
     run(["g++", *flags, "-shared", "-Wl,-Bsymbolic", *objects, "-o", str(partial)])
     partial.rename(library)
     return library
