@@ -8,6 +8,7 @@ from tests.helpers import dtype_id
 pytest.importorskip("triton", reason="Triton is not installed")
 aot = pytest.importorskip("tests.emulation.aot", reason="needs Triton")
 cases = pytest.importorskip("tests.emulation.norm_cases")
+_row_norm = pytest.importorskip("slimkernels.triton_kernels._row_norm")
 _rows = pytest.importorskip("slimkernels.triton_kernels._rows")
 slow = pytest.mark.slow_emulation
 
@@ -63,6 +64,9 @@ def test_the_limits_find_tiles_with_too_much_a_thread(monkeypatch):
         )
         found = launch.resources("sm_80")
         assert found.occupancy < 0.25 if layout == "channels-last" else found.spills > 0
+    monkeypatch.setattr(_row_norm, "aligned", lambda *tensors, sizes=(): True)
+    rows, *_ = cases.launches("slim_layer_norm", "backward", torch.bfloat16, "ragged")
+    assert rows.resources("sm_80").occupancy < 0.25
 
 
 def test_a_ragged_width_has_no_16_byte_load():

@@ -50,3 +50,11 @@ def test_slim_conv_fits(name, dtype, precision, target, monkeypatch):
         found = limits.check_matrix_kernel(launch, target, rows)
         if name in ("large", "pointwise") and target == "sm_80":
             assert found.mix["LDGSTS128"] == found.mix["LDGSTS"] > 0
+
+
+def test_the_limits_find_tiles_of_slim_conv_that_spill(monkeypatch):
+    """Tiles for rows that are loaded 16 bytes at once, where they are not."""
+    monkeypatch.setattr("slimkernels.triton_kernels._conv.aligned", lambda *tensors, sizes=(): True)
+    (forward, rows), *_ = launches("ragged", torch.bfloat16)
+    with pytest.raises(AssertionError, match="bytes of"):
+        limits.check_matrix_kernel(forward, "sm_80", rows)
