@@ -7,6 +7,7 @@ with the reason.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,17 +60,36 @@ class Prober:
         Raises: ValueError when the model gives another output at every run, so that nothing can be compared.
         """
         for fractions in ((0.5,), (0.25, 0.75)):
-            self._halve(list(self.analysis.groups), fractions)
+            if self._fails(list(self.analysis.groups), fractions):
+                self._reject_repeated(fractions)
+                self._halve(list(self.analysis.groups), fractions)
             # Groups that are right one by one may be wrong together: the accepted ones once more, as a whole.
             while (names := list(self.analysis.groups)) and (reason := self._wrong(names, fractions)):
                 self.analysis.reject({names[-1]}, reason)
 
-    def _halve(self, names: list[str], fractions: Sequence[float]) -> None:
+    def _fails(self, names: list[str], fractions: Sequence[float]) -> str | None:
         reason = self._wrong(names, fractions) if names else None
+        if reason is not None and not self._repeatable():
+            raise ValueError("convert: expected a model in eval mode to give the same output twice, got different ones")
+        return reason
+
+    def _reject_repeated(self, fractions: Sequence[float]) -> None:
+        """What fails in the first and in the last of many equal blocks is taken to fail in all: a deep network would need a
+        trial for each."""
+        kinds: dict[tuple[str, int], list[str]] = {}
+        for name in self.analysis.groups:
+            kinds.setdefault((re.sub(r"\d+", "#", name), self.units[name]), []).append(name)
+        for names in kinds.values():
+            if len(names) < 4 or self._wrong(names[:1], fractions) is None:
+                continue
+            reason = self._wrong(names[-1:], fractions)
+            if reason is not None:
+                self.analysis.reject(set(names), reason)
+
+    def _halve(self, names: list[str], fractions: Sequence[float]) -> None:
+        reason = self._fails(names, fractions)
         if reason is None:
             return
-        if not self._repeatable():
-            raise ValueError("convert: expected a model in eval mode to give the same output twice, got different ones")
         if len(names) == 1:
             self.analysis.reject({names[0]}, reason)
             return
