@@ -28,6 +28,10 @@ struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
   void merge(double n, double block_mean, double block_m2) {
+    if (count == 0) {
+      count = n, mean = block_mean, m2 = block_m2;
+      return;
+    }
     const double delta = block_mean - mean, total = count + n;
     mean += delta * (n / total);
     m2 += block_m2 + delta * delta * (count * n / total);
@@ -85,6 +89,36 @@ __attribute__((noinline)) void store_tail(T* p, vf v, int64_t n) {
   store_first(p, v, static_cast<int>(n));
 }
 
+#if defined(SK_AVX512)
+// With masks, where the general ones copy number by number.
+inline vf load_tail(const c10::BFloat16* p, int64_t n) {
+  const __m256i h = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+inline vf load_tail(const c10::Half* p, int64_t n) {
+  return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p));
+}
+inline void store_tail(c10::BFloat16* p, vf v, int64_t n) {
+  c10::BFloat16 whole[kLanes];
+  store(whole, v);
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), _mm256_loadu_si256((const __m256i*)whole));
+}
+inline void store_tail(c10::Half* p, vf v, int64_t n) {
+  const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), h);
+}
+inline float total(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+#else
+inline float total(vf v) { return sum(v); }
+#endif
+
+// v, and 0 in the lanes from n on.
+inline vf first_lanes(vf v, int64_t n) {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < splat_int(static_cast<int32_t>(n)) ? v : splat(0);
+}
+
 template <typename T, typename F>
 inline vf accumulate(const T* x, int64_t n, F f) {
   vf a = splat(0), b = a, c = a, d = a;
@@ -103,24 +137,24 @@ inline vf accumulate(const T* x, int64_t n, F f) {
 template <typename T>
 void add_block(Moments& moments, const T* x, int64_t planes, int64_t stride, int64_t n) {
   const int64_t full = n / kLanes * kLanes, rest = n - full;
-  vf total = splat(0);
+  vf added = splat(0);
   for (int64_t p = 0; p < planes; ++p) {
-    total = total + accumulate(x + p * stride, full, [](vf v) { return v; });
-    if (rest) total = total + load_tail(x + p * stride + full, rest);
+    added = added + accumulate(x + p * stride, full, [](vf v) { return v; });
+    if (rest) added = added + load_tail(x + p * stride + full, rest);
   }
-  const double count = static_cast<double>(planes * n), mean = sum(total) / count;
+  const double count = static_cast<double>(planes * n), mean = total(added) / count;
   const vf centre = splat(static_cast<float>(mean));
   vf squares = splat(0);
   for (int64_t p = 0; p < planes; ++p) {
     squares = squares + accumulate(x + p * stride, full, [&](vf v) { return (v - centre) * (v - centre); });
-    for (int64_t i = full; i < n; ++i) {
-      const float d = static_cast<float>(x[p * stride + i]) - centre[0];
-      squares[0] += d * d;
+    if (rest) {
+      const vf off = first_lanes(load_tail(x + p * stride + full, rest) - centre, rest);
+      squares = squares + off * off;
     }
   }
   // Distances were taken from the rounded mean.
   const double off = mean - centre[0];
-  moments.merge(count, mean, sum(squares) - count * off * off);
+  moments.merge(count, mean, total(squares) - count * off * off);
 }
 
 template <typename T>
@@ -173,19 +207,26 @@ constexpr bool is_cheap(Kind kind) { return kind != Kind::kOther; }
 // Sums of dz and of dz * (x - mean), and dz itself where `dz` isn't null.
 template <Kind kind, bool kSaved, typename T, typename P>
 void reduce_segment(const T* dy, const T* x, const T* saved, T* dz, int64_t n, Affine<P> a, vf& sum_dz, vf& sum_dzx) {
-  const auto at = [&](vf g, vf v, vf s, int64_t i) {
+  vf others_dz = splat(0), others_dzx = splat(0);  // a sum that waits for itself takes four cycles a vector
+  const auto add = [&](vf g, vf v, vf s, int64_t i, vf& dz_sum, vf& dzx_sum) {
     const vf centred = v - a.mean.at(i);
     g = gradient<kind>(g, centred, a.scale.at(i), a.shift.at(i), s, kSaved, a.which);
-    sum_dz = sum_dz + g;
-    sum_dzx = sum_dzx + g * centred;
+    dz_sum = dz_sum + g;
+    dzx_sum = dzx_sum + g * centred;
     return g;
   };
+  const auto at = [&](vf g, vf v, vf s, int64_t i) { return add(g, v, s, i, sum_dz, sum_dzx); };
   int64_t i = 0;
   if (dz) {
     for (; i + kLanes <= n; i += kLanes) {
       store(dz + i, at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i));
     }
   } else {
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const int64_t next = i + kLanes;
+      at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i);
+      add(load(dy + next), load(x + next), kSaved ? load(saved + next) : splat(0), next, others_dz, others_dzx);
+    }
     for (; i + kLanes <= n; i += kLanes) at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i);
   }
   if (i < n) {
@@ -194,6 +235,8 @@ void reduce_segment(const T* dy, const T* x, const T* saved, T* dz, int64_t n, A
     const vf g = at(load_tail(dy + i, rest), load_tail(x + i, rest), kSaved ? load_tail(saved + i, rest) : splat(0), i);
     if (dz) store_tail(dz + i, g, rest);
   }
+  sum_dz = sum_dz + others_dz;
+  sum_dzx = sum_dzx + others_dzx;
 }
 
 // dx = dz * scale + (x - mean) * slope + offset.

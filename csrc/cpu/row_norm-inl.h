@@ -5,7 +5,7 @@
 namespace {
 
 template <Kind kind, typename T>
-void forward_row(const RowNormCall<T>& call, int64_t r) {
+void forward_row(const RowNormCall<T>& call, int64_t r, double share) {  // share: 1 / columns
   const int64_t n = call.columns;
   const T *x = call.x + r * n, *residual = call.residual ? call.residual + r * n : nullptr;
   T* y = call.y + r * n;
@@ -14,7 +14,7 @@ void forward_row(const RowNormCall<T>& call, int64_t r) {
     Moments moments;
     add_block(moments, x, 1, 0, n);
     mean = call.mean[r] = static_cast<float>(moments.mean);
-    invstd = inverse_std(static_cast<float>(moments.m2 / moments.count), call.eps);
+    invstd = inverse_std(static_cast<float>(moments.m2 * share), call.eps);
   } else {
     const int64_t full = n / kLanes * kLanes;
     vf squares = accumulate(x, full, [](vf v) { return v * v; });
@@ -22,7 +22,7 @@ void forward_row(const RowNormCall<T>& call, int64_t r) {
       const vf v = load_tail(x + full, n - full);
       squares = squares + v * v;
     }
-    invstd = inverse_std(sum(squares) / static_cast<float>(n), call.eps);
+    invstd = inverse_std(total(squares) / static_cast<float>(n), call.eps);
   }
   call.invstd[r] = invstd;
   const auto at = [&](vf v, vf s, int64_t i) {
@@ -65,7 +65,7 @@ void backward_row(const RowNormBackwardCall<T>& call, int64_t r, float* dw, floa
   }
   if (!call.dx) return;
   T* dx = call.dx + r * n;
-  const float count = static_cast<float>(n), mean_g = call.mean ? sum(sum_g) / count : 0.0f, mean_gx = sum(sum_gx) / count;
+  const float count = static_cast<float>(n), mean_g = call.mean ? total(sum_g) / count : 0.0f, mean_gx = total(sum_gx) / count;
   const auto second = [&](vf v, int64_t at) {
     const vf xhat = (v - mean) * invstd;
     return (load(scratch + at) * load(call.weight + at) - mean_g - xhat * mean_gx) * invstd;
@@ -80,7 +80,8 @@ template <typename T>
 void row_norm_kernel(const RowNormCall<T>& call) {
   switch_kind(call.activation, [&]<Kind kind>() {
     at::parallel_for(0, call.rows, std::max<int64_t>(1, 32768 / call.columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) forward_row<kind>(call, r);
+      const double share = 1.0 / static_cast<double>(call.columns);
+      for (int64_t r = begin; r < end; ++r) forward_row<kind>(call, r, share);
     });
   });
 }

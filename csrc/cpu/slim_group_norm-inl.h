@@ -35,8 +35,8 @@ void backward_group(const GroupNormBackwardCall<T>& call, int64_t n, int64_t g) 
       vf block_dz = splat(0), block_dzx = splat(0);
       reduce_segment<kind, kSaved>(call.dy + i, call.x + i, kSaved ? call.saved + i : nullptr, dz ? dz + i : nullptr,
                                   std::min(kPiece, at + length - i), a, block_dz, block_dzx);
-      sum_dz += sum(block_dz);
-      sum_dzx += sum(block_dzx);
+      sum_dz += total(block_dz);
+      sum_dzx += total(block_dzx);
     }
     call.db[n * call.channels + c] = sum_dz;
     call.dw[n * call.channels + c] = sum_dzx * invstd;
