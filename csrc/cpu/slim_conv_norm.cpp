@@ -13,6 +13,12 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+class ConvNorm;
+using torch::autograd::CppNode;
+using torch::autograd::Edge;
+
+constexpr int kMostNorms = 2;  // that are run to have an output again: after a sum each needs the output before
+
 // What backward needs beside the tensors that autograd keeps.
 struct Kept : torch::CustomClassHolder {
   ConvNormOptions options;
@@ -20,6 +26,12 @@ struct Kept : torch::CustomClassHolder {
   at::Tensor mean, var;
   int64_t groups = 1;
   bool need_x = false, need_weight = false, need_norm_weight = false, need_norm_bias = false, need_residual = false;
+  // With recomputed outputs: the nodes that give x and the residual again instead of their being kept, what this node's own
+  // output costs (0: it is kept; -1: it cannot be had), and the output once it was computed, where several ask for it.
+  Edge x_from, residual_from;
+  int norms = -1;
+  bool shared = false;
+  at::Tensor again;
 };
 
 bool needs_gradient(const MaybeTensor& t) { return t && t->requires_grad(); }
@@ -64,16 +76,14 @@ class ConvNorm : public torch::autograd::Function<ConvNorm> {
     update_running(running.var, kept->var, running.momentum, static_cast<double>(count) / static_cast<double>(count - 1));
     // Without a residual the activation's input comes from `between`.
     at::Tensor output, added;
-    const Activation activation = parse_activation("slim_batch_norm", o.activation);
-    if (residual && activation != Activation::kNone) {
-      if (derivative_uses_output(activation)) {
-        output = y;
-      } else {
-        added = *residual;
-      }
+    if (residual && !kept->residual_from.is_valid()) {
+      const Activation activation = parse_activation("slim_batch_norm", o.activation);
+      const bool uses_output = derivative_uses_output(activation);
+      if (uses_output && (activation != Activation::kNone || kept->norms == 0)) output = y;
+      if (!uses_output) added = *residual;
     }
-    ctx->save_for_backward({x, used.is_same(weight) ? at::Tensor() : used, between, norm_weight.value_or(at::Tensor()), norm_bias.value_or(at::Tensor()), output, added,
-                            weight});
+    ctx->save_for_backward({kept->x_from.is_valid() ? at::Tensor() : x, used.is_same(weight) ? at::Tensor() : used, between,
+                            norm_weight.value_or(at::Tensor()), norm_bias.value_or(at::Tensor()), output, added, weight});
     ctx->saved_data["kept"] = c10::IValue::make_capsule(std::move(kept));
     return y;
   }
@@ -85,13 +95,21 @@ class ConvNorm : public torch::autograd::Function<ConvNorm> {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto kept = c10::static_intrusive_pointer_cast<Kept>(ctx->saved_data["kept"].toCapsule());
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &x = saved[0], &between = saved[2], &weight = saved[7], &used = saved[1].defined() ? saved[1] : weight;
+    const at::Tensor &between = saved[2], &weight = saved[7], &used = saved[1].defined() ? saved[1] : weight;
     const auto optional = [](const at::Tensor& t) { return t.defined() ? MaybeTensor(t) : MaybeTensor(); };
     const MaybeTensor norm_weight = optional(saved[3]), norm_bias = optional(saved[4]);
     const ConvNormOptions& o = kept->options;
     const bool plain = o.activation == "none";
+    at::Tensor output = saved[5], added = saved[6];
+    if (kept->residual_from.is_valid() && !plain) {
+      if (derivative_uses_output(parse_activation("slim_batch_norm", o.activation))) {
+        output = value(*kept, saved);
+      } else {
+        added = value_of(kept->residual_from);
+      }
+    }
     auto [dbetween, dnorm_weight, dnorm_bias, dresidual] = slim_batch_norm_backward_cpu<false>(
-        grads[0], between, kept->mean, kept->var, norm_weight, norm_bias, optional(saved[5]), optional(saved[6]), true, o.eps,
+        grads[0], between, kept->mean, kept->var, norm_weight, norm_bias, optional(output), optional(added), true, o.eps,
         o.activation, kept->need_x || kept->need_weight, kept->need_norm_weight, kept->need_norm_bias,
         kept->need_residual && !plain);
     const auto deposit = [](const std::shared_ptr<GradientSlot>& slot, const at::Tensor& part, const at::Tensor& full) {
@@ -103,7 +121,9 @@ class ConvNorm : public torch::autograd::Function<ConvNorm> {
     if (kept->need_norm_weight) found[2] = deposit(kept->slots.norm_weight, dnorm_weight, *norm_weight);
     if (kept->need_norm_bias) found[3] = deposit(kept->slots.norm_bias, dnorm_bias, *norm_bias);
     if (kept->need_residual) found[4] = plain ? grads[0] : dresidual;
+    kept->again.reset();  // every other use of the output is over
     if (kept->need_x || kept->need_weight) {
+      const at::Tensor x = kept->x_from.is_valid() ? value_of(kept->x_from) : saved[0];
       auto [dx, dw, db] = slim_conv_backward_cpu<GradientSize::kSlice>(dbetween, x, used, o.stride, o.padding, o.dilation,
                                                                        kept->groups, kept->need_x, kept->need_weight, false);
       if (kept->need_x) found[0] = dx;
@@ -111,13 +131,48 @@ class ConvNorm : public torch::autograd::Function<ConvNorm> {
     }
     return found;
   }
+
+  // The node that gives `t` again, if it is the output of one that can.
+  static Edge source(const at::Tensor& t) {
+    const auto& node = t.grad_fn();
+    const auto* own = dynamic_cast<CppNode<ConvNorm>*>(node.get());
+    if (!own || t._version() != 0) return {};
+    return kept_of(*own)->norms < 0 ? Edge() : Edge(node, 0);
+  }
+
+  static c10::intrusive_ptr<Kept> kept_of(const CppNode<ConvNorm>& node) {
+    return c10::static_intrusive_pointer_cast<Kept>(node.ctx_.saved_data.at("kept").toCapsule());
+  }
+
+  static c10::intrusive_ptr<Kept> kept_of(const Edge& edge) {
+    return kept_of(*static_cast<CppNode<ConvNorm>*>(edge.function.get()));
+  }
+
+  // The output of a node whose backward has not run.
+  static at::Tensor value_of(const Edge& edge) {
+    const auto* node = static_cast<CppNode<ConvNorm>*>(edge.function.get());
+    return value(*kept_of(*node), node->ctx_.get_saved_variables());
+  }
+
+  // The same loop on the same statistics: equal to the bit.
+  static at::Tensor value(Kept& kept, const variable_list& saved) {
+    if (saved[5].defined()) return saved[5];
+    if (kept.again.defined()) return kept.again;
+    const auto optional = [](const at::Tensor& t) { return t.defined() ? MaybeTensor(t) : MaybeTensor(); };
+    const MaybeTensor residual = kept.residual_from.is_valid() ? MaybeTensor(value_of(kept.residual_from)) : std::nullopt;
+    const at::Tensor y = std::get<0>(slim_batch_norm_cpu(saved[2], kept.mean, kept.var, optional(saved[3]), optional(saved[4]),
+                                                         false, kept.options.eps, kept.options.activation, residual));
+    if (residual || kept.shared) kept.again = y;
+    return y;
+  }
 };
 
 }  // namespace
 
 std::optional<at::Tensor> slim_conv_norm(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& norm_weight,
                           const MaybeTensor& norm_bias, const MaybeTensor& residual, int64_t out_channels, int64_t groups,
-                          const ConvNormOptions& options, const ConvNormSlots& slots, const RunningStatistics& running) {
+                          const ConvNormOptions& options, const ConvNormSlots& slots, const RunningStatistics& running,
+                          bool recompute) {
   const c10::DimVector zeros(options.stride.size(), 0);
   const ConvGeometry geometry{options.stride, options.padding, zeros, options.dilation, groups, false};
   const bool same_dtype = weight.scalar_type() == x.scalar_type();
@@ -133,6 +188,19 @@ std::optional<at::Tensor> slim_conv_norm(const at::Tensor& x, const at::Tensor& 
   kept->need_norm_weight = needs_gradient(norm_weight);
   kept->need_norm_bias = needs_gradient(norm_bias);
   kept->need_residual = needs_gradient(residual);
+  if (recompute) {
+    kept->x_from = ConvNorm::source(x);
+    const Edge before = residual ? ConvNorm::source(*residual) : Edge();
+    if (!residual) {
+      kept->norms = 1;
+    } else if (before.is_valid() && ConvNorm::kept_of(before)->norms < kMostNorms) {
+      kept->norms = ConvNorm::kept_of(before)->norms + 1;
+      ConvNorm::kept_of(before)->shared = true;
+      kept->residual_from = before;
+    } else if (derivative_uses_output(parse_activation("slim_batch_norm", options.activation))) {
+      kept->norms = 0;
+    }
+  }
   return ConvNorm::apply(x, weight, norm_weight, norm_bias, residual, out_channels, std::move(kept), running);
 }
 

@@ -28,9 +28,11 @@ struct RunningStatistics {
 };
 
 // act(batch_norm(conv(x, weight[:n, :c])) + residual) by the statistics of the batch. A weight of another dtype than x is
-// rounded to it, on the slice alone. Nothing when the residual has another shape than the sum it is to be added to.
+// rounded to it, on the slice alone. `recompute`: outputs of other such nodes are computed again in backward instead of being
+// kept. Nothing when the residual has another shape than the sum it is to be added to.
 std::optional<at::Tensor> slim_conv_norm(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& norm_weight,
                           const MaybeTensor& norm_bias, const MaybeTensor& residual, int64_t out_channels, int64_t groups,
-                          const ConvNormOptions& options, const ConvNormSlots& slots, const RunningStatistics& running);
+                          const ConvNormOptions& options, const ConvNormSlots& slots, const RunningStatistics& running,
+                          bool recompute);
 
 }  // namespace slimkernels

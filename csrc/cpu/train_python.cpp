@@ -37,10 +37,10 @@ void bind_train(py::module_& m) {
         [](const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
            const MaybeTensor& residual, int64_t out_channels, int64_t groups, const ConvNormOptions& options,
            const Slot& weight_slot, const Slot& norm_weight_slot, const Slot& norm_bias_slot, const MaybeTensor& running_mean,
-           const MaybeTensor& running_var, double momentum) {
+           const MaybeTensor& running_var, double momentum, bool recompute) {
           const py::gil_scoped_release released;
           return slim_conv_norm(x, weight, norm_weight, norm_bias, residual, out_channels, groups, options,
-                                {weight_slot, norm_weight_slot, norm_bias_slot}, {running_mean, running_var, momentum});
+                                {weight_slot, norm_weight_slot, norm_bias_slot}, {running_mean, running_var, momentum}, recompute);
         });
 }
 

@@ -43,7 +43,6 @@ def conv_norm(conv: Any, norm: Any, x: Tensor, residual: Any, activation: str) -
     weight, parameters, buffers = own["weight"], layer._parameters, layer._buffers
     if (
         _extension._C is None
-        or _recipes._active
         or type(x) is not Tensor
         or not x.is_cpu
         or x.dim() != weight.dim()
@@ -84,6 +83,7 @@ def conv_norm(conv: Any, norm: Any, x: Tensor, residual: Any, activation: str) -
         mean,
         var,
         momentum,
+        _recipes._active > 0,
     )
     if y is not None and count is not None:
         count.add_(1)

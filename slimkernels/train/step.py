@@ -81,8 +81,7 @@ def sandwich_step(
         scaler: a gradient scaler for fp16; the losses are scaled by it and the optimizer steps through it.
         clip_grad: largest norm of all gradients together, clipped before the optimizer steps.
         recompute: outputs of batch norms are computed again in backward where that frees memory, instead of being kept
-            beside the norm's input: the same numbers, less memory, one more pass over them. On the CPU a convolution and
-            its norm are then two nodes of autograd instead of one.
+            beside the norm's input: the same numbers, less memory, one more pass over them.
 
     Returns: each width's loss, detached, in the order in which they ran; by (width, depth) where the model's depth is
         elastic.

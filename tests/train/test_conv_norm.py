@@ -1,6 +1,7 @@
 """The node of convolution, batch norm, residual and activation against the two ops one after another."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from slimkernels import _extension
 from slimkernels.nn import SlimBatchNorm1d, SlimBatchNorm2d, SlimConv1d, SlimConv2d
+from slimkernels.ops._recipes import recomputed_outputs
 from slimkernels.ops._slots import flush, gradient_slots
 from slimkernels.train import fuse
 from slimkernels.train.conv_norm import conv_norm
@@ -141,3 +143,23 @@ def test_one_dimension_and_norms_without_parameters():
     expected = norm(F.conv1d(x, conv.weight))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert conv.weight.grad is not None
+
+
+def test_recomputed_outputs_give_the_same_bits_in_the_node():
+    """A chain of nodes with sums: outputs that are computed again once, through two norms, and kept."""
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        layers = [(SlimConv2d(6, 6, 3, padding=1, bias=False), SlimBatchNorm2d(6)) for _ in range(7)]
+        x = torch.randn(3, 6, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+        parameters = [p for pair in layers for module in pair for p in module.parameters()]
+        with gradient_slots(parameters) as slots, recomputed_outputs() if recompute else nullcontext():
+            for slot in slots:
+                slot.last = True
+            y = conv_norm(*layers[0], x, None, "relu")
+            for i in (1, 3, 5):
+                between = conv_norm(*layers[i], y, None, "silu")
+                y = conv_norm(*layers[i + 1], between, y, "relu" if i != 3 else "none")
+            y.square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in parameters)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
