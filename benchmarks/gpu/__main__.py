@@ -9,7 +9,9 @@ import argparse
 import csv
 import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,7 @@ class Run:
         self.options, self.begin = options, time.monotonic()
         self.runner = Runner(options.out, self.begin + 60 * options.minutes)
         self.results: list[Result] = []
+        self.writing = threading.Lock()
         options.out.mkdir(parents=True, exist_ok=True)
         for pattern in ("*.csv", "*.md", "*.png", "*.txt", "items/*.jsonl", "logs/*.txt"):
             for old in options.out.glob(pattern):
@@ -75,6 +78,10 @@ class Run:
 
     def finished(self, result: Result) -> None:
         """Its line in steps.csv, and the report as it stands: a run that is cut off has one too."""
+        with self.writing:
+            self.write(result)
+
+    def write(self, result: Result) -> None:
         self.results.append(result)
         path = self.options.out / "steps.csv"
         new = not path.exists()
@@ -100,13 +107,15 @@ class Run:
         if self.options.only and not self.options.dry and chosen:
             scale = max(1.0, 0.9 * whole / sum(seconds.values()))
             seconds = {name: scale * value for name, value in seconds.items()}
-        self.runner.run([step_job(self.options, n, s, how) for n, s in seconds.items()], finished=self.finished)
+        jobs = [step_job(self.options, n, s, how) for n, s in seconds.items()]
+        self.runner.run(jobs, 2 if self.options.dry else 1, finished=self.finished)
 
     def together(self) -> None:
         options, whole = self.options, self.left()
         timed = [name for name in TIMED if options.wants(name)]
         seconds = whole if options.dry or not timed else min(TOGETHER_S, whole - KEPT_S)
-        jobs = [] if options.dry else [step_job(options, name, seconds, "warm") for name in timed]
+        warm = [] if options.dry else [step_job(options, name, seconds, "warm") for name in timed]
+        jobs = []
         if options.wants("recompiles"):
             jobs.append(step_job(options, "recompiles", seconds, "dry" if options.dry else "timed"))
         if options.wants("sanitizer"):
@@ -117,8 +126,16 @@ class Run:
                 self.finished(Result("sanitizer", "ok", 0.0, told, []))
         if options.wants("tests"):
             jobs += checks.test_jobs(options.out, options.dry, seconds)
-        at_once = 1 if options.dry else max(1, (os.cpu_count() or 1) - 2)
-        self.runner.run(jobs, at_once, time.monotonic() + seconds, self.finished)
+        # Two lanes, so that neither waits for all of the other.
+        until, cores = time.monotonic() + seconds, max(2, (os.cpu_count() or 2) - 2)
+        lanes = [
+            (warm, cores // 3 if jobs else cores),
+            (jobs, 1 if options.dry else cores - (cores // 3 if warm else 0)),
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(self.runner.run, lane, max(1, n), until, self.finished) for lane, n in lanes]
+        for each in found:
+            each.result()
 
 
 def main(options: Options) -> int:

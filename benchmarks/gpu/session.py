@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import os
 import statistics
 import time
@@ -67,17 +68,15 @@ class Session:
         """One more line of ``<file>.csv``; the columns are those of its first."""
         if self.how == "warm":
             return
-        path = self.out / f"{file}.csv"
-        new = not path.exists()
-        columns = list(values)
-        if not new:
-            with path.open(newline="") as opened:
-                columns = next(csv.reader(opened))
-        if missing := set(values) - set(columns):
-            raise ValueError(f"{file}.csv has no columns {missing}")
-        with path.open("a", newline="") as opened:
+        with (self.out / f"{file}.csv").open("a+", newline="") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)  # other steps may write here too
+            opened.seek(0)
+            header = next(csv.reader(opened), None)
+            columns = header or list(values)
+            if missing := set(values) - set(columns):
+                raise ValueError(f"{file}.csv has no columns {missing}")
             writer = csv.DictWriter(opened, columns, restval="", lineterminator="\n")
-            if new:
+            if header is None:
                 writer.writeheader()
             writer.writerow(values)
 
@@ -88,7 +87,8 @@ class Session:
             call()
             return float("nan"), float("nan")
         if self._flushed is None:
-            self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+            with torch.inference_mode(False):  # what is made within it cannot be written outside
+                self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
         for _ in range(3):
             call()
         torch.cuda.synchronize()

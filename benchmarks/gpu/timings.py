@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +20,8 @@ from slimkernels.train import sandwich_step
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 GPU_MACS, GPU_ELEMENTS = 2**36, 2**28  # of one call: the batches of op-shapes.csv as they are
 DRY_PARAMETERS = 2_000_000
+BATCH = 64  # of the networks
+COMPILED_OF = 3  # torch.compile takes seconds a case: it is timed in one of so many, or in all with --every-shape
 # Whole networks and steps have steps of their own here.
 NOT_OPS = ("deploy", "training_step")
 RECURRENT = ("slim_lstm", "slim_gru")  # PyTorch counts no operations of cuDNN's recurrent layers
@@ -93,7 +96,8 @@ def time_op(session: Session, op: str) -> str:
     """An op at the shapes of op-shapes.csv or the INR workloads; a provider whose numbers are wrong gets no time."""
     done = 0
     with gpu_limits(session):
-        for case in importlib.import_module(f"benchmarks.bench_{op}").cases(not session.every_shape):
+        cases = importlib.import_module(f"benchmarks.bench_{op}").cases(not session.every_shape)
+        for case in sorted(cases, key=mixed):
             name = run.named(case)
             if session.left() <= 0:
                 return f"cut: no time for {name} and what follows"
@@ -114,10 +118,16 @@ def time_op(session: Session, op: str) -> str:
     return f"{done} cases"
 
 
+def mixed(case: harness.Case) -> int:
+    """A number by which cases come in an order that mixes networks, widths and dtypes: a cut leaves some of each."""
+    return zlib.crc32(run.named(case).encode())
+
+
 def time_case(session: Session, op: str, case: harness.Case, problem: harness.Problem) -> None:
     """The rows of one case. An error where a result of ours is wrong."""
     candidates = harness.providers(problem, False)
-    if case.compile and not session.dry and problem.sliced is not None:
+    chosen = case.compile and (session.every_shape or mixed(case) % COMPILED_OF == 0)
+    if chosen and not session.dry and problem.sliced is not None:
         torch._dynamo.reset()
         compiled = torch.compile(copy.deepcopy(problem.sliced), dynamic=False)
         candidates["compile"] = harness.Provider(compiled, compiled, compiled, problem.inputs)
@@ -127,7 +137,8 @@ def time_case(session: Session, op: str, case: harness.Case, problem: harness.Pr
         if mode not in case.modes:
             continue
         with tf32_floor(products):
-            verdict = harness.gate(problem, candidates, mode)
+            warm = session.how == "warm"
+            verdict = dict.fromkeys(candidates, "") if warm else harness.gate(problem, candidates, mode)
         bound = session.bound(*work(candidates["plain"], mode), products) if op not in RECURRENT else float("nan")
         with torch.inference_mode(mode == "forward"):
             times = {
@@ -183,7 +194,7 @@ def ratio(a: float | None, b: float | None) -> str:
 def network(session: Session, name: str) -> tuple[nn.Module, Tensor]:
     """An elastic network on the device, and a batch for it, both channels-last."""
     made, size = DRY_NETWORK if session.dry else NETWORKS[name]
-    batch = 2 if session.dry else 64
+    batch = 2 if session.dry else BATCH
     torch.manual_seed(0)
     model = elastic.convert(made(), torch.randn(2, *size), widths=list(WIDTHS))
     x = torch.randn(batch, *size, device=session.device)
