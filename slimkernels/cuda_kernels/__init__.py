@@ -1,6 +1,7 @@
 """CUDA C++ kernels of the ops: one module an op. The operators behind them come from ``slimkernels/_cuda.abi3.so``.
 
-Importing this package loads no library and touches no driver; the first call of an op on a CUDA tensor does.
+Importing this package loads no library and touches no driver. The library is loaded when it is asked for, by the first call
+of an op on a CUDA tensor or ``slimkernels info``.
 """
 
 import functools
@@ -20,6 +21,10 @@ def reason_missing() -> str:
         return "not built (install with nvcc, and SLIMKERNELS_CUDA=1 where torch has no CUDA)"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
+    try:
+        importlib.import_module("slimkernels._cuda")
+    except ImportError as error:
+        return f"built for another machine or torch ({error}); rebuild with nvcc and SLIMKERNELS_CUDA=1"
     return ""
 
 

@@ -4,6 +4,9 @@ The ops themselves are replayed in ``test_graph_capture.py``; here everything ar
 the sandwich step and its optimizer.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,3 +65,17 @@ def test_every_module_is_there():
     # 1d and 3d are the 2d modules' code, and a batch norm over processes talks to them.
     left_out = {k for k in named if k.__name__.endswith(("1d", "3d")) or "Sync" in k.__name__}
     assert named - left_out <= kinds
+
+
+def test_a_library_that_does_not_load_is_a_reason_and_no_error(tmp_path):
+    code = f"""
+import importlib.util, sys, torch
+torch.version.cuda = "13.0"
+from slimkernels import cuda_kernels
+open(r"{tmp_path}/_cuda.abi3.so", "w").write("no library")
+import slimkernels
+slimkernels.__path__ = [r"{tmp_path}"]
+print(cuda_kernels.reason_missing())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("built for another machine or torch ("), done.stderr
