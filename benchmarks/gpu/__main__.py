@@ -61,7 +61,7 @@ def step_job(options: Options, name: str, seconds: float, how: str) -> Job:
     if options.every_shape:
         words.append("--every-shape")
     job = Job(f"{name} (warm)" if how == "warm" else name, words, seconds, threads | compilers)
-    job.silence = 60 if how == "timed" else 180  # a compiler may be at work for long
+    job.silence = 180  # a compiler may be at work for long
     return job
 
 

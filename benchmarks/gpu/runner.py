@@ -134,6 +134,7 @@ class Runner:
         items = running.progress.items()
         died = [f"{item}: {told}" for item, (event, told) in items.items() if event == "died"]
         failed = [f"{item}: {told}" for item, (event, told) in items.items() if event == "failed"]
+        late = [f"no time for the rest of {item}" for item, (event, _) in items.items() if event == "cut"]
         fine = sum(event in ("ok", "skipped") for event, _ in items.values())
         status, told = running.progress.ended() or ("cut" if how == "cut" else "died", "")
         if how in running.job.red.values():
@@ -142,7 +143,9 @@ class Runner:
             died.append(f"the step: {how}; {last_line(self.out / 'logs' / f'{file_name(running.job.name)}.txt')}")
         counted = f"{fine} of {len(items)} done" if items else ""
         bad = [f"died: {each}" for each in died] + [f"failed: {each}" for each in failed]
-        words = "; ".join(filter(None, [told, counted, *bad[:3], f"{len(bad) - 3} more" if len(bad) > 3 else ""]))
+        words = "; ".join(
+            filter(None, [told, counted, *late, *bad[:3], f"{len(bad) - 3} more" if len(bad) > 3 else ""])
+        )
         if died:
             status = "died"
         elif failed:

@@ -211,7 +211,42 @@ def time_network(session: Session, name: str) -> str:
         if session.todo(str(width)):
             with session.item(str(width)):
                 time_network_at(session, name, model, x, width)
+        if not session.dry and session.todo(f"{width} in a graph"):
+            with session.item(f"{width} in a graph"):
+                time_graph(session, name, model, x, width)
     return ""
+
+
+def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """``call`` in a CUDA graph, which repeats what the GPU did without the CPU's part."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def time_graph(session: Session, name: str, model: nn.Module, x: Tensor, width: float) -> None:
+    """The elastic network in a CUDA graph, which must give what it gives without."""
+    elastic.set_width(model, width)
+    with torch.inference_mode():
+        expected, replay = model(x).double(), captured(partial(model, x))
+        off = harness.error(replay(), expected)
+        ms = session.milliseconds(replay)
+    values = {"net": name, "width": width, "batch": len(x), "provider": "elastic, in a graph"}
+    session.row("networks", **values, apart_from_plain="", ms=shown(session, ms), over_elastic="")
+    if not off < 1e-3:
+        raise ArithmeticError(f"{off:.1e} apart from the same network outside a graph")
 
 
 def time_network_at(session: Session, name: str, model: nn.Module, x: Tensor, width: float) -> None:
