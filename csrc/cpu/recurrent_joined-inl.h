@@ -48,6 +48,13 @@ void recurrent_joined_kernel(const RecurrentLayer& layer, const RecurrentOutputs
   for (int64_t k = 0; k < layer.steps(); ++k) {
     const int64_t t = layer.visit(d, k), n = layer.size[t], row = layer.start[t];
     copy_blocks((const T*)layer.x + row * layer.ldx, layer.ldx, rows, ld, n, layer.in_blocks, part);
+    if (k + 1 < layer.steps()) {  // x of the next step: in no cache near, and too short for the CPU to see a pattern
+      const int64_t next = layer.visit(d, k + 1);
+      for (int64_t r = 0; r < layer.size[next]; ++r) {
+        const T* from = (const T*)layer.x + (layer.start[next] + r) * layer.ldx;
+        for (int64_t i = 0; i < layer.in; i += 64 / sizeof(T)) __builtin_prefetch(from + i, 0, 2);
+      }
+    }
     const int64_t blocks = (n + kJoinedRows - 1) / kJoinedRows;
     for (const Panel& p : panels) {
       const int64_t width = gates * p.padded;
