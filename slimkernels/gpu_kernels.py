@@ -38,6 +38,7 @@ class Row:
     rungs: str
     gpu: str  # when it was run on a GPU
     compiler: str
+    source: str  # of what the row was made: changes with the code of the kernel and its launcher, not with comments
 
 
 COLUMNS = [field.name for field in fields(Row)]

@@ -9,12 +9,17 @@ store, without any cache; the fewest possible are those of every tensor that the
 """
 
 import argparse
+import ast
 import csv
+import functools
+import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +58,52 @@ def rungs(family: str, op: str) -> str:
     return " ".join(rung for rung, tests in proofs if all((HERE / f"{test}.py").exists() for test in tests))
 
 
+@functools.cache
+def source_of(op: str, compiler: str) -> str:
+    """A fingerprint of the code that an op's kernels and launchers are made of, without comments and docstrings."""
+    if compiler.startswith("nvcc"):
+        from tests.emulation.cuda.compiled import STEMS
+        from tests.emulation.cuda.library import SOURCES, included
+
+        texts = {path.name: path.read_text() for path in SOURCES.glob("*.*")}
+        stems = [stem for stem in STEMS if stem == op or (op == "inr_weights" and stem.startswith(op))]
+        found: dict[str, str] = {}
+        for stem in stems:
+            found |= included(f"{stem}.cu", texts)
+        code = {name: " ".join(re.sub(r"//.*|/\*(?:.|\n)*?\*/", " ", text).split()) for name, text in found.items()}
+    else:
+        code = {name: python_code(text) for name, text in triton_sources(op).items()}
+    return hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:12]
+
+
+def triton_sources(op: str) -> dict[str, str]:
+    """The module of an op's launchers and those of its folder that it imports, through others too."""
+    folder = ROOT / "slimkernels" / "triton_kernels"
+    found: dict[str, str] = {}
+    waiting = [op]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (folder / f"{name}.py").exists():
+            found[name] = (folder / f"{name}.py").read_text()
+            waiting += re.findall(r"from slimkernels\.triton_kernels\.(\w+) import", found[name])
+            for names in re.findall(r"from slimkernels\.triton_kernels import (.+)", found[name]):
+                waiting += names.split(", ")
+    return found
+
+
+def python_code(text: str) -> str:
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            assert node.end_lineno is not None
+            for line in range(node.lineno - 1, node.end_lineno):
+                lines[line] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
 def problem(family: str, op: str, direction: str, dtype: str) -> tuple[Callable[[], Any], list]:
     """A call of a launcher, and the tensors that it must read."""
     import torch
@@ -83,22 +134,24 @@ def problem(family: str, op: str, direction: str, dtype: str) -> tuple[Callable[
     return lambda: conv.slim_conv_backward(dy, x, weight, *geometry, 1, True, True, False), read
 
 
-def problems(family: str) -> Iterator[tuple[str, str, str]]:
+def problems(family: str, only: str | None) -> Iterator[tuple[str, str, str]]:
     ops = ["slim_batch_norm", "slim_group_norm", "slim_layer_norm", "slim_rms_norm"]
     for op in ops if family == "norm" else [f"slim_{family}"]:
+        if only not in (None, op):
+            continue
         for direction in ("forward", "backward"):
             for dtype in DTYPES:
                 yield op, direction, dtype
 
 
-def count_moved(family: str) -> dict[str, float]:
+def count_moved(family: str, only: str | None) -> dict[str, float]:
     """Of each problem the bytes moved over the fewest; in a process with ``TRITON_INTERPRET=1``."""
     from tests.emulation import interpreter
     from tests.helpers import tensors_in
 
     interpreter.install()
     counted = {}
-    for op, direction, dtype in problems(family):
+    for op, direction, dtype in problems(family, only):
         call, inputs = problem(family, op, direction, dtype)
         interpreter.LAUNCHES.clear()
         outputs = call()
@@ -108,8 +161,8 @@ def count_moved(family: str) -> dict[str, float]:
     return counted
 
 
-def moved_in_a_process_of_its_own(family: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.emulation.table", family, "--count"]
+def moved_in_a_process_of_its_own(family: str, only: str | None) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.emulation.table", family, "--count", *(["--op", only] if only else [])]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -118,11 +171,9 @@ def moved_in_a_process_of_its_own(family: str) -> dict[str, float]:
 
 
 def triton_rows(family: str, only: str | None) -> Iterator[Row]:
-    moved = moved_in_a_process_of_its_own(family)
+    moved = moved_in_a_process_of_its_own(family, only)
     done = set()
-    for op, direction, dtype in problems(family):
-        if only not in (None, op):
-            continue
+    for op, direction, dtype in problems(family, only):
         for row in rows_of_problem(family, op, direction, dtype, f"{moved[f'{op} {direction} {dtype}']:.2f}"):
             if (row.kernel, row.op, row.dtype, row.target) not in done:
                 done.add((row.kernel, row.op, row.dtype, row.target))
@@ -156,6 +207,7 @@ def rows_of_problem(
                 rungs=rungs(family, op),
                 gpu=NEVER,
                 compiler=f"Triton {triton.__version__}",
+                source=source_of(op, "Triton"),
             )
 
 
@@ -176,7 +228,7 @@ def cuda_rows(only: str | None, targets: list[str] | None = None) -> Iterator[Ro
                 shared = kernel.shared + dynamic
                 occupancy, limiter = occupancy_bound(kernel.registers, shared, threads // 32, target)
                 direction = next((word for word, part in DIRECTIONS.items() if part.search(name)), "")
-                times = moved.get(name.split(",")[0] if op == "inr_weights" else name)
+                times = moved.get(launched.counted_as(op, name))
                 yield Row(
                     kernel=name,
                     op=op,
@@ -192,6 +244,7 @@ def cuda_rows(only: str | None, targets: list[str] | None = None) -> Iterator[Ro
                     rungs=rungs("cuda", op),
                     gpu=NEVER,
                     compiler=f"nvcc {release[1]}",
+                    source=source_of(op, "nvcc"),
                 )
 
 
@@ -277,7 +330,7 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.count:
-        print(json.dumps(count_moved(args.family[0])))
+        print(json.dumps(count_moved(args.family[0], args.op)))
         return
     families = args.family or FAMILIES
     for family in families:

@@ -20,6 +20,20 @@ def test_table_has_no_row_twice():
     assert len(set(rows)) == len(rows)
 
 
+def test_table_is_of_the_sources_as_they_are():
+    stale = {(row.op, row.source) for row in gpu_kernels.read() if row.source != table.source_of(row.op, row.compiler)}
+    assert not stale, "python -m tests.emulation.table FAMILY --op OP, with Triton's and nvcc's releases of the table"
+
+
+def test_table_sees_a_change_of_the_code_and_not_of_a_comment():
+    text = 'def f(x):\n    """Doc."""\n    return x + 1\n'
+    assert table.python_code(text) == table.python_code("def f(x):\n    return x + 1  # one\n")
+    assert table.python_code(text) != table.python_code("def f(x):\n    return x + 2\n")
+    norm = table.triton_sources("slim_group_norm")
+    assert {"slim_group_norm", "_channel_norm", "_channel_norm_backward", "_norm", "_rows", "_common"} <= set(norm)
+    assert "_conv" not in norm
+
+
 def test_table_bounds_the_occupancy_of_every_kernel():
     for row in gpu_kernels.read():
         assert (row.occupancy == "") == (row.target == "gfx942"), row.kernel

@@ -1,9 +1,8 @@
 """What the launchers of ``csrc/cuda`` launch on small shapes: threads and shared memory of each kernel, and with
 ``count`` the bytes that the kernels of an op and direction move, counted by the PTX simulator.
-
-Kernels of ``inr_weights`` for tf32 and float16 move and take what those for float32 and bfloat16 do, which store the same.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from tests.emulation.cuda.simulated import Launch, Simulated
 from tests.emulation.cuda.test_slice_accumulate import accumulate
 
 NAMES = {torch.float32: ("f32", "float"), torch.bfloat16: ("bf16", "__nv_bfloat16"), torch.float16: ("f16", "__half")}
-OPERANDS = {0: ("f32", 1, "tf32"), 2: ("bf16", 3, "f16")}  # dtype; the operand that stores the same, and its dtype
+OPERANDS = ("f32", "tf32", "bf16", "f16")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def convolutions(execute: bool) -> Iterator[Case]:
 def weights(execute: bool) -> Iterator[Case]:
     """Forward with every hidden size; where they are executed the smallest only."""
     tensor, pair, bands = InrTensor(0, 4, (3, 3), 0), (16, 16), 4
-    for operand, (dtype, _, _) in OPERANDS.items():
+    for operand, dtype in enumerate(OPERANDS):
         kind = inr.packing.STORAGE[operand]
         for hidden in inr.packing.HIDDEN[: 1 if execute else None]:
             inputs = 6 + 12 * bands
@@ -90,17 +89,15 @@ CASES = {
 }
 
 
-def same_storage(kernel: str) -> list[str]:
-    """The kernel, and the one whose operand is stored as its is."""
-    name, _, rest = kernel.partition("<")
-    operand = rest.split(",")[0]
-    other = OPERANDS.get(int(operand)) if name.startswith("inr") and operand.isdigit() else None
-    return [kernel] if other is None else [kernel, f"{name}<{other[1]},{rest.partition(',')[2]}"]
+def counted_as(op: str, kernel: str) -> str:
+    """Bytes of ``inr_weights`` are counted with the smallest hidden size only."""
+    return kernel.split(",")[0] if op == "inr_weights" else kernel
 
 
-def found(op: str) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, str], float]]:
-    """Of each kernel that a small shape launches threads and shared memory; of kernel and dtype the bytes that it moves,
-    with those that are launched with it, over the fewest."""
+@functools.cache
+def found(op: str) -> tuple[dict[str, tuple[int, int]], dict[str, float]]:
+    """Of each kernel that a small shape launches threads and shared memory; the bytes that it moves, with those that are
+    launched with it, over the fewest."""
     sizes, moved = {}, {}
     for execute in (False, True):
         for case in CASES[op](execute):
@@ -108,8 +105,7 @@ def found(op: str) -> tuple[dict[str, tuple[int, int]], dict[tuple[str, str], fl
                 continue
             total = sum(launch.moved for launch in case.launches)
             for launch in case.launches:
-                for kernel in same_storage(launch.kernel):
-                    sizes.setdefault(kernel, (launch.threads, launch.shared))
-                    if execute:
-                        moved.setdefault(kernel.split(",")[0] if op == "inr_weights" else kernel, total / case.least)
+                sizes.setdefault(launch.kernel, (launch.threads, launch.shared))
+                if execute:
+                    moved.setdefault(counted_as(op, launch.kernel), total / case.least)
     return sizes, moved
