@@ -62,7 +62,9 @@ def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":!../README.md")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":!../README.md", ":!DEPLOY.md"
+    )
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "") or "unknown"
 
 

@@ -96,28 +96,27 @@ def table(rows: Sequence[Row], recipe: "Recipe") -> Table:
     for head in heads:
         drawn.add_column(head if "\n" in head else f"\n{head}", justify="right", no_wrap=True)
     for row in rows:
-        cells = [row["width"], f"{row['parameters']:,}", f"{_short(row['macs'] / 1e6)}M"]
+        cells = [row["width"], f"{row['parameters']:,}", _millions(row["macs"])]
         cells += [_percent(row["accuracy_before"]), f"[bold]{_percent(row['accuracy_after'])}[/bold]"]
         cells += [_short(row[f"{provider}_batch{batch}_p50_ms"]) for batch in batches for provider in PROVIDERS]
         drawn.add_row(*cells)
     return drawn
 
 
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f}M" if number < 1e7 else f"{number / 1e6:.1f}M"
+
+
 def _percent(fraction: str) -> str:
     return f"{100 * float(fraction):.1f}"
 
 
-def _short(number: str | float) -> str:
-    value = float(number)
-    return (
-        f"{value:.3f}"
-        if value < 1
-        else f"{value:.2f}"
-        if value < 10
-        else f"{value:.1f}"
-        if value < 100
-        else f"{value:.0f}"
-    )
+def _short(milliseconds: str) -> str:
+    """Three digits: ``.123``, ``1.23``, ``12.3``, ``123``."""
+    value = float(milliseconds)
+    if value < 1:
+        return f"{value:.3f}".removeprefix("0")
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def plot(rows: Sequence[Row], path: Path, recipe: "Recipe") -> None:

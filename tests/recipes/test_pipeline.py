@@ -197,7 +197,8 @@ def test_table_fits_a_terminal():
         "accuracy_after": "1.0000",
     }
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(results.table([row | timing], recipe))
+    small = {"macs": 145_856} | dict.fromkeys(timing, "0.1234")
+    console.print(results.table([row | timing, row | small], recipe))
     text = console.export_text()
     assert "…" not in text
     assert "390,410" in text
