@@ -44,8 +44,10 @@ class Rows(NamedTuple):
         return tl.int32 if self.rows + self.block_r < 2**31 else tl.int64
 
     def options(self, warps: int) -> dict[str, Any]:
-        """What every kernel over tiles of rows and channels is launched with."""
-        return dict(BLOCK_R=self.block_r, BLOCK_C=self.block_c, FORM=self.form, INDEX=self.index, num_warps=warps)
+        """What every kernel over tiles of rows and channels is launched with. Left to itself ptxas spills a few bytes of a
+        ragged tile to fit one block more on a multiprocessor."""
+        tiles = dict(BLOCK_R=self.block_r, BLOCK_C=self.block_c, FORM=self.form, INDEX=self.index, num_warps=warps)
+        return tiles if torch.version.hip else tiles | {"maxnreg": min(255, 2048 // warps)}
 
 
 def strides(t: Tensor | None) -> tuple[int, int, int]:
