@@ -38,6 +38,7 @@ def ops() -> list[str]:
 
 
 def to_device(problem: harness.Problem, device: torch.device) -> harness.Problem:
+    """All but the peers of inference, which are the CPU's (oneDNN's packed layers)."""
     moved = {name: module.to(device) for name, module in problem.peers.items()}
     return harness.Problem(
         problem.ours.to(device),
@@ -217,8 +218,9 @@ def time_network(session: Session, name: str) -> str:
     return ""
 
 
-def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``call`` in a CUDA graph, which repeats what the GPU did without the CPU's part."""
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` in a CUDA graph, which repeats what the GPU did without the CPU's part. It ran before on another stream, as
+    PyTorch asks for; the result is the same tensors each time."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -229,7 +231,7 @@ def captured(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     with torch.cuda.graph(graph):
         result = call()
 
-    def replay() -> Tensor:
+    def replay() -> Any:
         graph.replay()
         return result
 

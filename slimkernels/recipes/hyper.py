@@ -18,16 +18,7 @@ from slimkernels.models import CifarResNet, DigitCNN
 from slimkernels.recipes import results
 from slimkernels.recipes.cifar import RESIDUAL, limited
 from slimkernels.recipes.cifar_data import Progress, cifar10
-from slimkernels.recipes.data import (
-    Batches,
-    InOrder,
-    Split,
-    digit_weights,
-    digits,
-    load_into,
-    load_weights,
-    prepared,
-)
+from slimkernels.recipes.data import Batches, InOrder, Split, digit_weights, digits, load_into, load_weights, prepared
 from slimkernels.recipes.digits import NOTES
 from slimkernels.recipes.hyper_features import before_last_block
 from slimkernels.recipes.hyper_results import line, plot, rows_of, table, verdicts

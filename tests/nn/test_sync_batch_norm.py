@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from slimkernels import elastic
 from slimkernels.models.resnet import CifarResNet
 from slimkernels.nn import SlimBatchNorm2d, SlimSyncBatchNorm
 from slimkernels.train.step import accumulate_passes
-from tests.train.test_distributed import free_port
+from tests.two_ranks import two_ranks
 
 WIDTHS = [1.0, 0.75, 0.5, 0.25]
 # (dtype, channels-last, affine, activation, residual)
@@ -80,37 +80,28 @@ def train(model, inner, part):
     return {n: p.grad.clone() for n, p in inner.named_parameters() if p.grad is not None}, state
 
 
-def in_process_group(rank, port, directory):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def job(rank, directory):
+    rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, 8)
+    found = {case: run_layer(SlimSyncBatchNorm, case, rows) for case in LAYERS}
+    for norm in ("shared", "switchable"):
+        model = network(norm)
+        half = tuple(t[4 * rank : 4 * rank + 4] for t in data())
+        ddp = DistributedDataParallel(model)
+        found[norm] = train(ddp, model, half)
+    one = SlimSyncBatchNorm(4)
     try:
-        rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, 8)
-        found = {case: run_layer(SlimSyncBatchNorm, case, rows) for case in LAYERS}
-        for norm in ("shared", "switchable"):
-            model = network(norm)
-            half = tuple(t[4 * rank : 4 * rank + 4] for t in data())
-            ddp = DistributedDataParallel(model)
-            found[norm] = train(ddp, model, half)
-        one = SlimSyncBatchNorm(4)
-        try:
-            one(torch.randn(1 if rank == 0 else 0, 4, 1))
-        except ValueError as error:
-            found["error"] = str(error)
-        one.eval()
-        if rank == 0:  # nothing is exchanged: this would hang
-            found["eval"] = one(torch.randn(2, 4, 3)).shape
-        torch.save(found, f"{directory}/rank{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
+        one(torch.randn(1 if rank == 0 else 0, 4, 1))
+    except ValueError as error:
+        found["error"] = str(error)
+    one.eval()
+    if rank == 0:  # nothing is exchanged: this would hang
+        found["eval"] = one(torch.randn(2, 4, 3)).shape
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(
-        in_process_group, args=(free_port(), str(directory)), nprocs=2, start_method="spawn"
-    )
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    return two_ranks(job, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", LAYERS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.gpu.timings import captured
 from slimkernels import elastic, hyper, nn
 from slimkernels.models.resnet import CifarResNet
 from slimkernels.train import sandwich_step
@@ -46,30 +47,15 @@ def run(module, x):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
 
-def in_a_graph(call):
-    """What ``call`` returns in a CUDA graph, and the graph. It ran before on another stream, as PyTorch asks for."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return results, graph
-
-
 @pytest.mark.parametrize("name", MODULES)
 def test_a_graph_holds_forward_and_backward(name):
     module, x = MODULES[name]()
     x = x.requires_grad_()
-    results, graph = in_a_graph(lambda: run(module, x))
+    replay = captured(lambda: run(module, x))
     for _ in range(2):
         with torch.no_grad():
             x.normal_()
-        graph.replay()
-        for ours, expected in zip(results, run(module, x), strict=True):
+        for ours, expected in zip(replay(), run(module, x), strict=True):
             assert error(ours, expected) < 1e-5
 
 
@@ -86,9 +72,7 @@ def test_a_graph_holds_generated_weights():
         made = list(generator(0.5).values())
         return [*made, *torch.autograd.grad([t.square().sum() for t in made], leaves)]
 
-    results, graph = in_a_graph(call)
-    graph.replay()
-    for ours, expected in zip(results, call(), strict=True):
+    for ours, expected in zip(captured(call)(), call(), strict=True):
         assert error(ours, expected) < 1e-5
 
 
@@ -100,9 +84,9 @@ def test_a_graph_holds_a_sandwich_step():
     def step():
         sandwich_step(model, (x, target), F.cross_entropy, optimizer, widths=WIDTHS, distill=None)
 
-    _, graph = in_a_graph(step)
+    replay = captured(step)
     before = [p.detach().clone() for p in model.parameters()]
-    graph.replay()
+    replay()
     torch.cuda.synchronize()
     assert all(p.isfinite().all() for p in model.parameters())
     assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

@@ -1,48 +1,29 @@
 """Two gloo processes on the loopback interface against one process with both halves of the batch."""
 
-import socket
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from slimkernels.train import SlimmableTrainer, sandwich_step
 from tests.train import stand_in
 from tests.train.stand_in import OwnWidths, TinyNet, batch, data
+from tests.two_ranks import two_ranks
 
 STEPS = 3
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def in_process_group(rank, port, directory):
-    torch.set_num_threads(1)
+def job(rank, directory):
     stand_in.install()
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        results = {
-            job.__name__: job(rank, directory) for job in (job_sandwich, job_reductions, job_unused, job_trainer)
-        }
-        torch.save(results, f"{directory}/rank{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
+    return {each.__name__: each(rank, directory) for each in (job_sandwich, job_reductions, job_unused, job_trainer)}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What every job gave on both ranks; one start of two processes for all."""
-    directory = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(
-        in_process_group, args=(free_port(), str(directory)), nprocs=2, start_method="spawn"
-    )
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    return two_ranks(job, tmp_path_factory.mktemp("ranks"))
 
 
 def half(rank):

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import distributed, multiprocessing, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from slimkernels import elastic
 from slimkernels.models.resnet import CifarResNet
 from slimkernels.train import sandwich_step
-from tests.train.test_distributed import free_port
+from tests.two_ranks import two_ranks
 
 WIDTHS = [1.0, 0.5, 0.25]
 STEPS = 3
@@ -38,34 +38,25 @@ def train(model, part):
     return losses
 
 
-def in_process_group(rank, port, directory):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        found = {}
-        for norm, sharded in CASES.items():
-            model = network(norm, sync=True)
-            for name, module in model.named_modules() if sharded == "blocks" else ():
-                if name.startswith("layer") and name.count(".") == 1:
-                    fully_shard(module, mesh=mesh)
-            fully_shard(model, mesh=mesh)
-            losses = train(model, tuple(t[4 * rank : 4 * rank + 4] for t in data()))
-            weights = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
-            local = sum(p.to_local().numel() for p in model.parameters())
-            found[norm] = losses, weights, local
-        torch.save(found, f"{directory}/rank{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
+def job(rank, directory):
+    mesh = init_device_mesh("cpu", (2,))
+    found = {}
+    for norm, sharded in CASES.items():
+        model = network(norm, sync=True)
+        for name, module in model.named_modules() if sharded == "blocks" else ():
+            if name.startswith("layer") and name.count(".") == 1:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        losses = train(model, tuple(t[4 * rank : 4 * rank + 4] for t in data()))
+        weights = {n: p.full_tensor().detach() for n, p in model.named_parameters()}
+        local = sum(p.to_local().numel() for p in model.parameters())
+        found[norm] = losses, weights, local
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(
-        in_process_group, args=(free_port(), str(directory)), nprocs=2, start_method="spawn"
-    )
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    return two_ranks(job, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("norm", CASES)

@@ -1,14 +1,13 @@
 """Gradients that add up in slices, in two gloo processes: the mean over ranks of what each half of the batch gives."""
 
 import pytest
-import torch
 import torch.nn.functional as F
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from slimkernels.train.step import accumulate_passes
-from tests.train.test_distributed import free_port
 from tests.train.test_in_place import WIDTHS, check_same_gradients, data, network, ordinary
+from tests.two_ranks import two_ranks
 
 # (norm, depth, sub-networks): with depth, and with a norm's entries for each width, the last pass leaves parameters out.
 CASES = {
@@ -22,44 +21,35 @@ def half(rank):
     return tuple(t[4 * rank : 4 * rank + 4] for t in data(8))
 
 
-def in_process_group(rank, port, directory):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        found = {}
-        for name, (norm, depth, subnets) in CASES.items():
-            model = network(norm, depth=depth)
-            reduced = []
+def job(rank, directory):
+    found = {}
+    for name, (norm, depth, subnets) in CASES.items():
+        model = network(norm, depth=depth)
+        reduced = []
 
-            def hook(state, bucket, reduced=reduced):
-                reduced.append(bucket.index())
-                done = distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
-                return done.then(lambda f: f.value()[0])
+        def hook(state, bucket, reduced=reduced):
+            reduced.append(bucket.index())
+            done = distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future()
+            return done.then(lambda f: f.value()[0])
 
-            ddp = DistributedDataParallel(model, find_unused_parameters=name != "shared")
-            ddp.register_comm_hook(None, hook)
-            found[name] = []
-            for before in (False, True):
+        ddp = DistributedDataParallel(model, find_unused_parameters=name != "shared")
+        ddp.register_comm_hook(None, hook)
+        found[name] = []
+        for before in (False, True):
+            model.zero_grad()
+            if before:  # gradients that are dropped
+                accumulate_passes(ddp, half(rank), F.cross_entropy, subnets, reduce=False)
                 model.zero_grad()
-                if before:  # gradients that are dropped
-                    accumulate_passes(ddp, half(rank), F.cross_entropy, subnets, reduce=False)
-                    model.zero_grad()
-                reduced.clear()
-                accumulate_passes(ddp, half(rank), F.cross_entropy, subnets)
-                gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-                found[name].append((gradients, list(reduced)))
-        torch.save(found, f"{directory}/rank{rank}.pt")
-    finally:
-        distributed.destroy_process_group()
+            reduced.clear()
+            accumulate_passes(ddp, half(rank), F.cross_entropy, subnets)
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            found[name].append((gradients, list(reduced)))
+    return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(
-        in_process_group, args=(free_port(), str(directory)), nprocs=2, start_method="spawn"
-    )
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
+    return two_ranks(job, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)
