@@ -42,7 +42,8 @@ class _Entry:
 
 class Deployed(nn.Module):
     """What ``deploy`` gives; call it as the model. Its width is its own and belongs to it, not to the thread: any number
-    of threads may call it at once, as long as none sets the width meanwhile."""
+    of threads may call it at once, as long as none sets the width meanwhile (and where parts are packed at their first call,
+    after that one)."""
 
     _model: nn.Module
 

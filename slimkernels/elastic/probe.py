@@ -74,17 +74,15 @@ class Prober:
         return reason
 
     def _reject_repeated(self, fractions: Sequence[float]) -> None:
-        """What fails in the first and in the last of many equal blocks is taken to fail in all: a deep network would need a
-        trial for each."""
+        """What fails in the first, the middle and the last of many equal blocks is taken to fail in all: a deep network would
+        need a trial for each."""
         kinds: dict[tuple[str, int], list[str]] = {}
         for name in self.analysis.groups:
             kinds.setdefault((re.sub(r"\d+", "#", name), self.units[name]), []).append(name)
         for names in kinds.values():
-            if len(names) < 4 or self._wrong(names[:1], fractions) is None:
-                continue
-            reason = self._wrong(names[-1:], fractions)
-            if reason is not None:
-                self.analysis.reject(set(names), reason)
+            tried = (names[0], names[len(names) // 2], names[-1])
+            if len(names) > 4 and all(reason := self._wrong([name], fractions) for name in tried):
+                self.analysis.reject(set(names), f"{reason}, seen in {', '.join(tried)}")
 
     def _halve(self, names: list[str], fractions: Sequence[float]) -> None:
         reason = self._fails(names, fractions)
