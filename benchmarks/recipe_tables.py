@@ -1,4 +1,4 @@
-"""``python -m benchmarks.recipe_tables [--check]``: the README's tables of the recipes, from the CSV files they wrote.
+"""``python -m benchmarks.recipe_tables [--check]``: the recipes' tables in the README and TRAINED.md, from their CSV files.
 
 ``--check`` writes nothing and exits non-zero when a table is stale.
 """
@@ -7,13 +7,13 @@ import argparse
 import csv
 import statistics
 import sys
-from pathlib import Path
 
+from benchmarks.report import README, between_marks
+from benchmarks.run import FOLDER, RESULTS
 from slimkernels.recipes.enhance_results import by_width, mean_of
 from slimkernels.recipes.separate_results import WAYS, spread, summary, times
 
-FOLDER = Path(__file__).parent
-README = FOLDER.parent / "README.md"
+PAGES = (README, FOLDER / "TRAINED.md")
 TABLES = {
     "demo": "demo-digits.csv",
     "cifar": "cifar10-resnet20.csv",
@@ -102,7 +102,7 @@ def hyper_markdown(rows: list[dict[str, str]]) -> str:
     text += "."
     note = f" {last['note']}" if last["note"] else ""
     commands = dict.fromkeys(row["command"] for row in rows)
-    return "\n".join([*lines, "", f"{text}{note} {', '.join(f'`{c}`' for c in commands)}"])
+    return "\n".join([*lines, "", f"{text}{note}", "", "```sh", *commands, "```"])
 
 
 def separate_markdown(rows: list[dict[str, str]]) -> str:
@@ -135,29 +135,30 @@ MARKDOWN = {"enhance": speech_markdown, "separate": separate_markdown, "hyper": 
 
 
 def filled(text: str) -> str:
+    """A page's text with the tables of the CSV files as they are now."""
     for name, file in TABLES.items():
-        path = FOLDER / "results" / file
-        begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        if not path.exists() or begin not in text:
-            continue
-        with path.open(newline="") as opened:
-            rows = list(csv.DictReader(opened))
-        before, rest = text.split(begin, 1)
-        kind = MARKDOWN.get(name.partition("-")[0], markdown)
-        text = f"{before}{begin}\n{kind(rows)}\n{end}{rest.split(end, 1)[1]}"
+        if f"<!-- {name}:start -->" in text:
+            with (RESULTS / file).open(newline="") as opened:
+                rows = list(csv.DictReader(opened))
+            text = between_marks(text, name, MARKDOWN.get(name.partition("-")[0], markdown)(rows))
     return text
+
+
+def stale() -> list[str]:
+    return [page.name for page in PAGES if filled(page.read_text()) != page.read_text()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
-    text = README.read_text()
-    new = filled(text)
-    if check and new != text:
-        sys.exit("README.md: a table of a recipe is stale; run: python -m benchmarks.recipe_tables")
-    if not check:
-        README.write_text(new)
+    names = stale()
+    if parser.parse_args().check:
+        if names:
+            sys.exit(f"stale: {', '.join(names)}; type 'python -m benchmarks.recipe_tables'")
+        return
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+    print(f"written: {', '.join(names) or 'nothing new'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.report [--check]``: the README's benchmark table and one plot an op, from ``results/*.csv``.
+"""``python -m benchmarks.report [--check]``: OPS.md, the README's short table and one plot an op, from ``results/*.csv``.
 
-``--check`` writes nothing and exits non-zero when the table or a plot is stale.
+``--check`` writes nothing and exits non-zero when a table or a plot is stale.
 """
 
 import argparse
@@ -11,17 +11,17 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.run import RESULTS, read
+from benchmarks.run import FOLDER, RESULTS, read
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+README = FOLDER.parent / "README.md"
+PAGE = FOLDER / "OPS.md"
 MODES = ("forward", "backward", "full")
 WORST = 5  # slowest cases named an op
 Row = dict[str, str]
 
 
 def files() -> list[Path]:
-    return sorted(RESULTS.glob("*.csv"))
+    return sorted(RESULTS.glob("*.csv"), key=lambda path: path.stem)  # a machine's rows on one thread come first
 
 
 def benchmark_rows(path: Path) -> list[Row]:
@@ -54,7 +54,7 @@ def summary(rows: list[Row], peer: str) -> str:
 def machine_section(path: Path, rows: list[Row]) -> list[str]:
     names = peers(rows)
     lines = [
-        f"### {rows[0]['machine']}, {rows[0]['isa']}, {rows[0]['threads']} thread(s)",
+        f"## {rows[0]['machine']}, {rows[0]['isa']}, {rows[0]['threads']} thread(s)",
         "",
         "Time (CPU time where one thread runs) of the peer over time of slimkernels in the same interleaved run: above 1,"
         " slimkernels is faster."
@@ -63,7 +63,7 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
         " the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
         " net only; `onednn` a linear layer of that size on oneDNN, its weight packed ahead. `load` is that of the machine"
         " as the run began: above 1, other work took part of the time, and single ratios mean little."
-        f" Every row: [{path.name}](benchmarks/results/{path.name}).",
+        f" Every row: [{path.name}](results/{path.name}).",
         "",
         f"| op | dtype | mode | {' | '.join(names)} | run |",
         f"|---|---|---|{'---|' * len(names)}---|",
@@ -106,7 +106,7 @@ def slowest(rows: list[Row]) -> list[str]:
 
 
 def plots(rows: list[Row]) -> list[str]:
-    return [f"![{op}](benchmarks/results/{op}.svg)" for op in dict.fromkeys(row["op"] for row in rows)]
+    return [f"![{op}](results/{op}.svg)" for op in dict.fromkeys(row["op"] for row in rows)]
 
 
 def table() -> str:
@@ -115,7 +115,66 @@ def table() -> str:
         rows = benchmark_rows(path)
         if rows:
             sections += [*machine_section(path, rows), ""]
-    return "\n".join([BEGIN, *sections, END])
+    return "\n".join(sections)
+
+
+def of_layers(rows: list[Row]) -> list[str]:
+    """Every op against the PyTorch layer built at that width."""
+    columns = [(dtype, mode) for dtype in ("float32", "bfloat16") for mode in MODES]
+    lines = [
+        "Layers, in training and evaluation: time of the PyTorch layer built at that width over ours. Geometric mean over"
+        " layer shapes of real networks, in brackets the slowest case.",
+        "",
+        f"| op | {' | '.join(f'{dtype} {mode}' for dtype, mode in columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows if row["op"].startswith("slim_")):
+        cells = []
+        for key in columns:
+            of_cell = [
+                row for row in rows if (row["op"], row["provider"], row["dtype"], row["mode"]) == (op, "plain", *key)
+            ]
+            ratios = [float(row["ratio"]) for row in of_cell if row["ratio"]]
+            cells.append(f"**{geometric_mean(ratios):.2f}** ({min(ratios):.2f})" if ratios else "-")
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    return lines
+
+
+def of_networks(rows: list[Row]) -> list[str]:
+    """Deployed networks against frozen torch.compile, from the narrowest width to the full one."""
+    timed = [r for r in rows if (r["op"], r["provider"], r["dtype"]) == ("deploy", "compile", "float32") and r["ratio"]]
+    lines = [
+        "Deployed networks, float32: time over ours of the network built at that width and compiled by torch.compile with"
+        " frozen weights, from the narrowest width to the full one.",
+        "",
+        "| network | input | widths | times faster |",
+        "|---|---|---|---|",
+    ]
+    for net, shape in dict.fromkeys((row["net"], row["shape"]) for row in timed):
+        found = sorted(
+            (float(row["width"]), float(row["ratio"])) for row in timed if (row["net"], row["shape"]) == (net, shape)
+        )
+        widths, ratios = (" / ".join(f"{pair[k]:.3g}" for pair in found) for k in (0, 1))
+        lines.append(f"| {net} | {shape} | {widths} | {ratios} |")
+    return lines
+
+
+def short_table() -> str:
+    """For the README: what each machine did on one thread."""
+    lines: list[str] = []
+    for path in files():
+        rows = [row for row in benchmark_rows(path) if row["threads"] == "1"]
+        if rows:
+            lines += [f"{rows[0]['machine']}, {rows[0]['isa']}, one thread. Above 1, slimkernels is faster.", ""]
+            lines += [*of_networks(rows), "", *of_layers(rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def between_marks(text: str, name: str, body: str) -> str:
+    """``text`` with ``body`` between the marks of ``name``."""
+    begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{body}\n{end}{rest.split(end, 1)[1]}"
 
 
 def digest(op: str) -> str:
@@ -162,17 +221,17 @@ def all_ops() -> list[str]:
     return sorted({row["op"] for row in one_thread_rows()})
 
 
-def new_readme() -> str:
-    text = README.read_text()
-    if BEGIN not in text:
-        text = text.rstrip() + f"\n\n## Benchmarks\n\n{BEGIN}\n{END}\n"
-    before, rest = text.split(BEGIN, 1)
-    return before + table() + rest.split(END, 1)[1]
+def pages() -> dict[Path, str]:
+    """What the pages should hold."""
+    return {
+        PAGE: between_marks(PAGE.read_text(), "benchmarks", table()),
+        README: between_marks(README.read_text(), "summary", short_table()),
+    }
 
 
 def stale() -> list[str]:
     """What no longer agrees with the CSV files."""
-    found = [] if README.read_text() == new_readme() else ["README.md"]
+    found = [str(path.relative_to(README.parent)) for path, text in pages().items() if path.read_text() != text]
     for op in all_ops():
         path = RESULTS / f"{op}.svg"
         if not path.exists() or f"rows {digest(op)}" not in path.read_text():
@@ -186,7 +245,8 @@ def main(check: bool = False) -> int:
         if names:
             print(f"stale: {', '.join(names)}; type 'python -m benchmarks.report'", file=sys.stderr)
         return 1 if names else 0
-    README.write_text(new_readme())
+    for path, text in pages().items():
+        path.write_text(text)
     for op in all_ops():
         if f"benchmarks/results/{op}.svg" in names:
             plot(op)

@@ -1,7 +1,7 @@
 """``python -m benchmarks.run [op] [--quick] [--threads N]``: runs bench files, replaces their rows in
 ``results/<machine>.csv`` (of several threads: ``results/<machine>-<N>-threads.csv``).
 
-Afterwards ``python -m benchmarks.report`` brings the README's table and the plots up to date.
+Afterwards ``python -m benchmarks.report`` brings the tables and the plots up to date.
 """
 
 import argparse
@@ -62,9 +62,7 @@ def commit() -> str:
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git(
-        "status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":!../README.md", ":!DEPLOY.md"
-    )
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results", ":!../README.md", ":!*.md")
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "") or "unknown"
 
 

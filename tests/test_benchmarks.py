@@ -1,4 +1,4 @@
-"""The benchmark harness: its gate can be red, its rows are complete, and the README's table is that of the CSV."""
+"""The benchmark harness: its gate can be red, its rows are complete, and its tables are those of the CSV."""
 
 import csv
 import re
@@ -138,7 +138,7 @@ def test_a_run_of_some_cases_replaces_their_rows_only(tmp_path, monkeypatch):
         run.main(only="float32")
 
 
-def test_readme_table_and_plots_are_not_stale():
+def test_tables_and_plots_of_the_ops_are_not_stale():
     assert report.stale() == []
 
 
