@@ -51,23 +51,26 @@ def summary(rows: list[Row], peer: str) -> str:
     return f"**{geometric_mean(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}; {slower})"
 
 
-def machine_section(path: Path, rows: list[Row]) -> list[str]:
+# What the peers are: a table each of the layers and of what is measured as a whole.
+GROUPS = {
+    "slim_": "Layers. `plain` is the PyTorch layer built at that width, `slice` the usual slicing code, `compile`"
+    " torch.compile of the slicing code at that width, for the heaviest layer of each net only; `onednn` a linear layer of"
+    " that size on oneDNN, its weight packed ahead.",
+    "deploy": "Deployed networks. `plain` is the extracted network in PyTorch, channels-last, `slice` the usual slicing"
+    " code around the full weights, `compile` the extracted network by torch.compile with frozen weights, `onednn` with"
+    " oneDNN's packed linear layers, `float32` our own float32.",
+    "training_step": "Training steps: all widths (a sandwich step), or one of 30 random widths a step. `slice` is slicing"
+    " code, channels-last, `slice_nchw` contiguous, `compile` torch.compile of it, `plain` the sum of the plain networks'"
+    " steps, `recompute` ours with that option. `backward` is the weight side alone: `slice` OFA's way, `mask` mmrazor's,"
+    " `floor` PyTorch adding the gradient to a slice.",
+    "inr_weights": "Weight generation. `plain` and `slice` are both the published way as whole tensors, in the dtype of the"
+    " row, `compile` torch.compile of it, `eager-float32` it in float32, `recompute` ours without saved activations.",
+}
+
+
+def group_table(rows: list[Row]) -> list[str]:
     names = peers(rows)
-    lines = [
-        f"## {rows[0]['machine']}, {rows[0]['isa']}, {rows[0]['threads']} thread(s)",
-        "",
-        "Time (CPU time where one thread runs) of the peer over time of slimkernels in the same interleaved run: above 1,"
-        " slimkernels is faster."
-        " Geometric mean over the layer shapes of the op (lowest to highest; how many are slower, below 0.995)."
-        " `plain` is the PyTorch module built at that width, `slice` the usual slicing code, `compile` torch.compile of"
-        " the slicing code at that width, frozen for inference; it is timed for the heaviest layer of each"
-        " net only; `onednn` a linear layer of that size on oneDNN, its weight packed ahead. `load` is that of the machine"
-        " as the run began: above 1, other work took part of the time, and single ratios mean little."
-        f" Every row: [{path.name}](results/{path.name}).",
-        "",
-        f"| op | dtype | mode | {' | '.join(names)} | run |",
-        f"|---|---|---|{'---|' * len(names)}---|",
-    ]
+    lines = [f"| op | dtype | mode | {' | '.join(names)} | run |", f"|---|---|---|{'---|' * len(names)}---|"]
     for op in dict.fromkeys(row["op"] for row in rows):
         of_op = [row for row in rows if row["op"] == op]
         for dtype in dict.fromkeys(row["dtype"] for row in of_op):
@@ -80,6 +83,22 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
                     )
                     cells = " | ".join(summary(part, name) for name in names)
                     lines.append(f"| `{op}` | {dtype} | {mode} | {cells} | {about} |")
+    return lines
+
+
+def machine_section(path: Path, rows: list[Row]) -> list[str]:
+    lines = [
+        f"## {rows[0]['machine']}, {rows[0]['isa']}, {rows[0]['threads']} thread(s)",
+        "",
+        "Time (CPU time where one thread runs) of the peer over time of slimkernels in the same interleaved run: above 1,"
+        " slimkernels is faster. Geometric mean over the cases (lowest to highest; how many are slower, below 0.995). `load` is"
+        " that of the machine as the run began: above 1, other work took part of the time, and single ratios mean little."
+        f" Every row: [{path.name}](results/{path.name}).",
+    ]
+    for prefix, about in GROUPS.items():
+        of_group = [row for row in rows if row["op"].startswith(prefix)]
+        if of_group:
+            lines += ["", about, "", *group_table(of_group)]
     red = [row for row in rows if row["gate"] != "ok"]
     if red:
         lines += ["", f"Results that failed the accuracy gate and have no time: {len(red)}."]
