@@ -1,12 +1,12 @@
 """``convert``: from a trained network to an elastic one with the same class, forward and weights."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.cost import layer_costs, parameter_costs
 from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE
 from slimkernels.elastic.depth import make_skippable
@@ -105,7 +105,7 @@ def convert(
             )
     del probe_model
 
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else deep_copy(model)
     left_alone = _left_alone(model, analysis, ignored)
     order, notes = orders(model, analysis.dims, analysis.groups, sort, batches, loss_fn)
     permute(model, analysis.dims, order)

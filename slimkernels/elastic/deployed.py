@@ -1,6 +1,5 @@
 """What ``deploy`` gives: a network traced once, its weights packed per width."""
 
-import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from slimkernels._copy import deep_copy
 from slimkernels._extension import _C
 from slimkernels.elastic.deploy_form import Form, make_form, only_used
 from slimkernels.elastic.deploy_inner import deploy_inside, restore
@@ -309,7 +309,7 @@ class _Inner(Deployed):
     def __init__(self, part: nn.Module, outer: Deployed) -> None:
         # Weights are folded and packed first, then rounded to another dtype.
         copied = any(t.is_floating_point() and t.dtype != outer.dtype for t in part.parameters())
-        plain = copy.deepcopy(part) if copied else part
+        plain = deep_copy(part) if copied else part
         alone = is_torch_layer(part)
         network = nn.Sequential(plain) if alone else plain
         super().__init__(network, outer.dtype, outer.device, outer.max_cache_bytes, "forward", outer.winograd)

@@ -1,12 +1,12 @@
 """Order of the channels of every width dimension, the most important first."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.layers import TAKES_IN
 from slimkernels.elastic.plan import Dim, WidthGroup
 from slimkernels.elastic.slices import Sliced, sliced_tensors
@@ -124,7 +124,7 @@ def _taylor(
 ) -> dict[str, Tensor]:
     """First-order estimate of what the loss changes when a channel's weights become zero: |weight x gradient|,
     summed."""
-    model = copy.deepcopy(model).eval()
+    model = deep_copy(model).eval()
     for p in model.parameters():
         p.requires_grad_(p.is_floating_point())
         p.grad = None

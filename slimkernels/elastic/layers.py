@@ -120,7 +120,7 @@ def reason_not_slimmable(module: nn.Module) -> str | None:
                 return f"{cls.__name__} has a {method} of its own"
     for name in tensor_axes(module, kind):
         if getattr(module, name, None) is not None and name not in module._parameters and name not in module._buffers:
-            return f"its {name} is computed (parametrization or weight norm)"
+            return f"its {name} is computed (call remove_parametrizations or remove_weight_norm before convert)"
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
         return "it keeps running statistics"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:

@@ -6,7 +6,6 @@ nothing takes the inactive channels in; and permuting the channels must not chan
 with the reason.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.graph import Analysis
 from slimkernels.elastic.layers import RECURRENT
 from slimkernels.elastic.recurrent import as_states, given_states, state_sizes
@@ -49,7 +49,7 @@ class Prober:
         self.analysis, self.permutes = analysis, permutes
         self.dims = dict(analysis.dims)
         self.units = {name: group.units for name, group in analysis.groups.items()}
-        elastic = copy.deepcopy(model)
+        elastic = deep_copy(model)
         transform(elastic, self.dims)
         with torch.no_grad():
             self.single = _Pair(model, elastic, example_inputs, run(model, example_inputs), _TOLERANCE)
@@ -148,7 +148,7 @@ class Prober:
     @cached_property
     def double(self) -> _Pair | None:
         """The same in float64, or None where the model cannot."""
-        plain, elastic = (copy.deepcopy(model).double() for model in (self.single.plain, self.single.elastic))
+        plain, elastic = (deep_copy(model).double() for model in (self.single.plain, self.single.elastic))
 
         def to_double(t: Any) -> Any:
             return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t

@@ -1,12 +1,12 @@
 """Which runs of blocks are stages of elastic depth. Every one is tried out on the example before it is believed."""
 
-import copy
 from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.depth import make_skippable, remove, renumber, skip
 from slimkernels.elastic.graph import Analysis
 from slimkernels.elastic.layers import kind_of
@@ -62,7 +62,7 @@ def _is_residual(block: nn.Module, calls: _Calls) -> bool:
     args, kwargs, _ = calls.of[id(block)][0]
     if not args[0].is_floating_point():
         return False
-    block = copy.deepcopy(block)
+    block = deep_copy(block)
     for p in block.parameters():
         if p.dim() > 1:
             p.zero_()
@@ -154,7 +154,7 @@ def _tried(
     """Why the last stage cannot be skipped together with those before, or None."""
     prober = Prober(model, example_inputs, analysis, permutes=True)
     pair = prober.single
-    pair.plain = copy.deepcopy(model)  # the analysis copy itself gets no switches
+    pair.plain = deep_copy(model)  # the analysis copy itself gets no switches
     for twin in (pair.plain, pair.elastic):
         make_skippable(twin, stages)
     for some in ([stages[-1]], stages):
@@ -181,12 +181,12 @@ def _tried(
 def _with_removal(model: nn.Module, example_inputs: Any, stage: Stage, calls: _Calls) -> Stage | str:
     """The stage, with the way in which ``extract`` takes its blocks out; or why there is none."""
     skipped = stage.blocks[1:]
-    twin = copy.deepcopy(model)
+    twin = deep_copy(model)
     make_skippable(twin, [stage])
     skip(twin, [stage], skipped)
     try:
         expected = run(twin, example_inputs)
-        twin = copy.deepcopy(model)
+        twin = deep_copy(model)
         remove(twin, [stage], skipped)
         renumber(twin, [stage])
         actual = run(twin, example_inputs)

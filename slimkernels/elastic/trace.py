@@ -1,6 +1,5 @@
 """Which channels of a model are coupled: what is held together by the layers themselves, and by what the model computes."""
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.absent import Spots
 from slimkernels.elastic.coupling import Coupling
 from slimkernels.elastic.layer_flow import FollowError, NoOutput, follow
@@ -74,7 +74,7 @@ def analysis_copy(model: nn.Module, noise: float = 0.1) -> nn.Module:
     A branch that ends in a zero-initialised layer would look right however it is sliced: parameters and statistics that
     are the same number everywhere get some noise.
     """
-    copied = copy.deepcopy(model).float().eval()
+    copied = deep_copy(model).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]:

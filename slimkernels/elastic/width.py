@@ -1,6 +1,5 @@
 """Setting the width of an elastic model: ``set_width``, ``width``, ``view``."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.depth import skip
 from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.parameters import set_parameter_width
@@ -81,7 +81,7 @@ def view(model: nn.Module, width: Width, depth: Depth = None) -> nn.Module:
     plan(inner).depths("view", depth)
     shared = [*inner.parameters(), *inner.buffers()]
     memo = {id(tensor): tensor for tensor in shared}
-    made = copy.deepcopy(inner, memo)
+    made = deep_copy(inner, memo)
     set_width(made, width, depth)
     return made
 

@@ -1,7 +1,6 @@
 """Batch norms folded into the layers before them, or replaced in residual branches: generated weights need no
 statistics then."""
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.trace import as_call
 
 STRATEGIES = ("fold", "skipinit", "scaled_sum", "learned_scalar", "keep")
@@ -74,7 +74,7 @@ def replace_batch_norm(
         raise ValueError(
             "replace_batch_norm: expected a plain model (replace batch norms before convert), got an elastic one"
         )
-    made = copy.deepcopy(model)
+    made = deep_copy(model)
     if strategy == "keep":
         return made
     modes = {name: module.training for name, module in made.named_modules()}

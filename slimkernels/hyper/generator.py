@@ -1,6 +1,5 @@
 """``WeightGenerator``: the weights of a network at any width, from coordinate networks."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import elastic
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.plan import Width, unwrap
 from slimkernels.elastic.trace import as_call
 from slimkernels.hyper.networks import InrNetworks, auto_bands
@@ -390,7 +390,7 @@ def _elastic(target: nn.Module, example_inputs: Any, options: Mapping[str, Any] 
             raise ValueError(
                 "WeightGenerator: expected no example_inputs and no convert with an elastic target, got one"
             )
-        return copy.deepcopy(inner)
+        return deep_copy(inner)
     if example_inputs is None:
         raise ValueError(
             "WeightGenerator: expected an elastic target (elastic.convert), or example_inputs to convert a plain"

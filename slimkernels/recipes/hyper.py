@@ -1,6 +1,5 @@
 """Weights of a real network generated at every width: residual and from scratch, against slimmable fine-tuning."""
 
-import copy
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from slimkernels import elastic, hyper, train
+from slimkernels._copy import deep_copy
 from slimkernels.models import CifarResNet, DigitCNN
 from slimkernels.recipes import results
 from slimkernels.recipes.cifar import RESIDUAL, limited
@@ -310,7 +310,7 @@ def _loader(recipe: Recipe) -> Batches:
 
 def _sliced(recipe: Recipe, model: nn.Module) -> dict[float, float]:
     """Accuracy without any training, but with statistics of every width."""
-    model = copy.deepcopy(model)
+    model = deep_copy(model)
     if any(hasattr(module, "start_calibration") for module in model.modules()):
         batches = [batch for batch, _ in zip(_loader(recipe), range(recipe.calibration_batches), strict=False)]
         elastic.calibrate(model, batches, list(recipe.widths))
@@ -358,7 +358,7 @@ def make_trainer(
         "rule": sampler,
     }
     if arm.mode is None:
-        network = copy.deepcopy(model)
+        network = deep_copy(model)
         if alone is not None:
             options |= {"rule": train.WidthSampler([alone], "random", 1, seed=seed), "eval_widths": [alone]}
         optimizer = torch.optim.AdamW(parameter_groups(network, 1e-2), lr=arm.lr)
@@ -366,7 +366,7 @@ def make_trainer(
         return train.SlimmableTrainer(network, F.cross_entropy, optimizer, **options)
     settings = {**recipe.generator, **arm.generator}
     if arm.smooth:
-        model = copy.deepcopy(model)
+        model = deep_copy(model)
         hyper.smooth_permutation(model)
     generator = hyper.WeightGenerator(model, base=arm.base, noise=arm.noise, blocks=arm.blocks, **settings)
     if settings.get("standardized"):

@@ -1,10 +1,11 @@
 """Exponential moving average of a model's weights."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
+
+from slimkernels._copy import deep_copy
 
 
 class Ema:
@@ -22,7 +23,7 @@ class Ema:
         if not 0 < decay < 1:
             raise ValueError(f"Ema: expected decay between 0 and 1, got {decay}")
         self.decay = decay
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self.module = deep_copy(model).requires_grad_(False).eval()
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

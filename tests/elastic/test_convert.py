@@ -221,6 +221,45 @@ def test_ignore():
         elastic.convert(net, torch.randn(5, 6), ignore=["nowhere"])
 
 
+class Remembers(nn.Module):
+    """Keeps a result of its last forward, as LeViT does with its attention biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.cache = nn.Linear(6, 16), nn.Linear(16, 3), {}
+
+    def forward(self, x):
+        self.cache["h"] = self.a(x)
+        return self.b(self.cache["h"].relu())
+
+
+def test_models_that_keep_tensors_with_a_history_can_be_copied():
+    x = torch.randn(5, 6)
+    net = Remembers()
+    net(x)
+    model = check(net, x)  # converts, extracts
+    model(x).sum().backward()
+    with elastic.width(model, 0.5):
+        y = model(x)
+        half = elastic.extract(model, 0.5)
+    assert error(half(x), y) < 1e-6
+    assert error(elastic.view(model, 0.5)(x), y) < 1e-6
+    deployed = elastic.deploy(model.eval(), widths=[0.5])
+    deployed.set_width(0.5)
+    assert error(deployed(x), y) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_weights_that_are_computed_stay_full(norm):
+    x = torch.randn(5, 6)
+    net = nn.Sequential(norm(nn.Linear(6, 16)), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    net(x).sum().backward()
+    model = check(net, x)
+    assert list(elastic.plan(model).groups) == ["2"]
+    assert "remove_weight_norm" in elastic.report(model).left_alone["0"]
+
+
 def test_batch_norms_after_fixed_channels_have_statistics_per_width():
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3), nn.BatchNorm1d(3))
     model = elastic.convert(net.eval(), torch.randn(5, 6), widths=[0.5, 1.0], divisor=2)
