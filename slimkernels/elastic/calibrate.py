@@ -12,6 +12,7 @@ from slimkernels.elastic.plan import Depth, plan, unwrap
 from slimkernels.elastic.trace import as_call
 from slimkernels.elastic.transform import batch_norms
 from slimkernels.elastic.width import set_width
+from slimkernels.nn._statistics import CalibratedStatistics
 
 
 @torch.no_grad()
@@ -90,6 +91,8 @@ def _restored(model: nn.Module, norms: list) -> Iterator[None]:
     except BaseException:
         for module, buffers in saved:
             _put_back(module, buffers)
+            if isinstance(module, CalibratedStatistics):
+                module.read_back()
         raise
     finally:
         for norm in norms:

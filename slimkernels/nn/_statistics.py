@@ -27,7 +27,12 @@ class BatchNormEntry(nn.Module):
 
 
 class CalibratedStatistics(nn.Module):
-    """Statistics of the calibrated ratios, one row each, in rising order of ratio (mode ``universal``)."""
+    """Statistics of the calibrated ratios, one row each, in rising order of ratio (mode ``universal``).
+
+    Which row is whose is known to Python too, and read back from the buffers only after these were loaded or measured:
+    a width is set without waiting for a GPU. ``places`` holds the statistics in use of the listed and the calibrated
+    ratios, always the same tensors for a ratio: a CUDA graph of one width stays right while another one is set.
+    """
 
     ratios: Tensor  # (R,) float64
     active: Tensor  # (R, C) bool: the channels that this ratio has
@@ -43,27 +48,60 @@ class CalibratedStatistics(nn.Module):
         self.register_buffer("mean", running.new_empty(0, channels))
         self.register_buffer("var", running.new_empty(0, channels))
         self.register_buffer("batches", torch.empty(0, dtype=torch.int64, device=running.device))
+        self.places: dict[float, tuple[Tensor, Tensor]] = {}
+        self._keys: tuple[float, ...] = ()
+        self._measured: tuple[bool, ...] | None = ()  # has the row seen a batch; None: to be read back
 
     def _apply(self, fn, recurse=True):
+        ratios, _ = self.ratios, self.measured()
         super()._apply(fn, recurse)
-        self.ratios = self.ratios.double()  # .half() must not round the keys
+        # .half() must not round the keys. What comes from the device meta has no values to keep.
+        self.ratios = self.ratios.double() if ratios.is_meta else ratios.to(self.ratios.device)
+        self.places.clear()
         return self
 
     def row(self, ratio: float) -> int | None:
-        near = [i for i, known in enumerate(self.ratios.tolist()) if abs(known - ratio) < 1e-6]
+        near = [i for i, known in enumerate(self._keys) if abs(known - ratio) < 1e-6]
         return near[0] if near else None
+
+    def measured(self) -> list[tuple[int, float]]:
+        """Rows that have seen a batch, with their ratios, which rise."""
+        if self._measured is None and self.batches.is_meta:
+            return []
+        if self._measured is None:
+            self._measured = tuple(n > 0 for n in self.batches.tolist())
+        return [(i, ratio) for i, (ratio, seen) in enumerate(zip(self._keys, self._measured, strict=True)) if seen]
+
+    def changed(self) -> None:
+        """Rows were filled: which, the next question about them reads back, once."""
+        self._measured = None
+
+    def place(self, ratio: float, like: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """Two tensors to write the statistics of ``ratio`` to; ``keep``: the same ones each time."""
+        found = self.places.get(ratio)
+        if found is None or found[0].dtype != like.dtype or found[0].device != like.device:
+            with torch.inference_mode(False):  # else neither autograd nor a later write would take them
+                found = torch.empty_like(like), torch.empty_like(like)
+            if keep:
+                self.places[ratio] = found
+        return found
 
     def add(self, ratio: float) -> None:
         """Rows for ``ratio``, empty: replaces those it had."""
         i, channels = self.row(ratio), self.mean.shape[1]
+        self.changed()
         if i is None:
-            ratios = torch.cat([self.ratios, self.ratios.new_tensor([ratio])])
-            order = ratios.argsort()
-            self.ratios = ratios[order]
-            self.active = torch.cat([self.active, self.active.new_zeros(1, channels)])[order]
-            self.mean = torch.cat([self.mean, self.mean.new_zeros(1, channels)])[order]
-            self.var = torch.cat([self.var, self.var.new_ones(1, channels)])[order]
-            self.batches = torch.cat([self.batches, self.batches.new_zeros(1)])[order]
+            at = sum(known < ratio for known in self._keys)
+            self._keys = (*self._keys[:at], float(ratio), *self._keys[at:])
+
+            def insert(rows: Tensor, new: Tensor) -> Tensor:
+                return torch.cat([rows[:at], new, rows[at:]])
+
+            self.ratios = insert(self.ratios, self.ratios.new_full((1,), ratio))
+            self.active = insert(self.active, self.active.new_zeros(1, channels))
+            self.mean = insert(self.mean, self.mean.new_zeros(1, channels))
+            self.var = insert(self.var, self.var.new_ones(1, channels))
+            self.batches = insert(self.batches, self.batches.new_zeros(1))
         else:
             self.active[i], self.mean[i], self.var[i], self.batches[i] = False, 0, 1, 0
 
@@ -81,6 +119,12 @@ class CalibratedStatistics(nn.Module):
                 assert own is not None
                 setattr(self, name, own.new_empty(rows, *own.shape[1:]))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.read_back()
+
+    def read_back(self) -> None:
+        """After the buffers were replaced: what Python knows of them."""
+        if not self.ratios.is_meta:
+            self._keys, self._measured = tuple(self.ratios.tolist()), None
 
 
 def forget(norm: nn.Module) -> None:

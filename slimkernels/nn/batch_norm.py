@@ -184,22 +184,24 @@ class SlimBatchNorm(SlimModule, _Torch):
 
     @torch.no_grad()
     def _interpolate(self, full_mean: Tensor, full_var: Tensor) -> tuple[Tensor, Tensor]:
-        """Statistics for the current ratio from its calibrated neighbours; fresh tensors of full size."""
-        known = self.calibrated
-        rows = [i for i, batches in enumerate(known.batches.tolist()) if batches > 0]
-        ratios = [known.ratios[i].item() for i in rows]
-        below = [i for i, ratio in zip(rows, ratios, strict=True) if ratio <= self._ratio + 1e-6]
-        above = [i for i, ratio in zip(rows, ratios, strict=True) if ratio > self._ratio + 1e-6]
-        high_ratio = known.ratios[above[0]].item() if above else 1.0
-        high = (known.mean[above[0]], known.var[above[0]]) if above else (full_mean, full_var)
-        if not below:
-            return high[0].clone(), high[1].clone()
-        low, low_ratio = below[-1], known.ratios[below[-1]].item()
-        t = max(0.0, (self._ratio - low_ratio) / (high_ratio - low_ratio))
-        both = known.active[low]
-        mean = torch.where(both, torch.lerp(known.mean[low], high[0], t), high[0])
-        var = torch.where(both, torch.lerp(known.var[low], high[1], t), high[1])
-        return mean, var
+        """Statistics for the current ratio from its calibrated neighbours, of full size. Nothing is read from the device."""
+        known, ratio = self.calibrated, self._ratio
+        listed = known.row(ratio) is not None or any(abs(own - ratio) < 1e-6 for own, _ in self.widths)
+        made = known.place(ratio, full_mean, keep=listed)
+        measured = known.measured()
+        below = [(row, at) for row, at in measured if at <= ratio + 1e-6]
+        above = [(row, at) for row, at in measured if at > ratio + 1e-6]
+        high_ratio = above[0][1] if above else 1.0
+        high = (known.mean[above[0][0]], known.var[above[0][0]]) if above else (full_mean, full_var)
+        for i, (own, to) in enumerate(((known.mean, made[0]), (known.var, made[1]))):
+            # As .data: a backward that waits for the old numbers, of the same ratio, may read the new ones.
+            if not below:
+                to.data.copy_(high[i])
+                continue
+            low, low_ratio = below[-1]
+            t = max(0.0, (ratio - low_ratio) / (high_ratio - low_ratio))
+            torch.where(known.active[low], torch.lerp(own[low], high[i], t), high[i], out=to.data)
+        return made
 
     # Calibration
 
@@ -211,7 +213,9 @@ class SlimBatchNorm(SlimModule, _Torch):
         own = self.calibrated if self.mode == "universal" and self.running_mean is not None else None
         if own is None:
             return (1.0,)
-        return (*(r for r, n in zip(own.ratios.tolist(), own.batches.tolist(), strict=True) if n > 0), 1.0)
+        if self._collects:
+            own.changed()
+        return (*(ratio for _, ratio in own.measured()), 1.0)
 
     def start_calibration(self, ratios: Sequence[float]) -> None:
         """Forget the statistics of ``ratios``; from now on every forward adds its batch to those of the current ratio.
@@ -246,6 +250,8 @@ class SlimBatchNorm(SlimModule, _Torch):
 
     def stop_calibration(self) -> None:
         """Use the statistics that were collected."""
+        if self._collects and self.mode == "universal":
+            self.calibrated.changed()
         self._calibrating, self._collects = (), False
         self._select()
 

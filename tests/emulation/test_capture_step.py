@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slimkernels import elastic
 from slimkernels import nn as slim
 from slimkernels.train import sandwich_step
 from tests.emulation.test_graph_capture import Graph, image, network
@@ -29,6 +30,26 @@ def test_a_sandwich_step_never_waits(distill, amp):
     step()  # the first one traces the model, once
     with Graph() as graph:
         step()
+    assert graph.broken == []
+
+
+def test_a_calibrated_width_is_set_and_measured_without_waiting():
+    model = network()
+    elastic.calibrate(model, [torch.randn(4, 3, 8, 8) for _ in range(2)], widths=[0.25, 0.5])
+    elastic.set_width(model, 0.75)  # between two measured ones
+    model.to("meta").eval()  # the GPU of this test: numbers cannot be read there
+    norms = [module for module in model.modules() if isinstance(module, slim.SlimBatchNorm2d)]
+    x = torch.empty(4, 3, 8, 8, device="meta")
+    with Graph() as graph, torch.no_grad():
+        for width in (0.25, 0.75, 1.0, 0.3):
+            elastic.set_width(model, width)
+            assert model(x).is_meta
+        assert norms[0].calibrated_ratios == (0.25, 0.5, 1.0)
+        for norm in norms:
+            norm.start_calibration([0.25, 0.6])
+        for width in (0.25, 0.6):
+            elastic.set_width(model, width)
+            model(x)
     assert graph.broken == []
 
 

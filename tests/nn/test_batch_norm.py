@@ -247,6 +247,45 @@ def test_shallow_copies_hold_different_widths_and_share_all_tensors(mode):
     assert other.weight is bn.weight
 
 
+def test_a_listed_width_always_reads_its_statistics_in_the_same_place():
+    """What a CUDA graph of one width needs once another width was set."""
+    bn = trained().eval()
+    bn.set_mode("universal", (*WIDTHS, (0.75, 12)))
+    calibrate(bn, [torch.randn(6, 16, 4, 4)], WIDTHS)
+    places = {}
+    with torch.inference_mode():
+        for ratio in (0.25, 0.5, 0.75):
+            bn.set_width(int(16 * ratio), ratio)
+            places[ratio] = bn._fixed_mean
+    before = places[0.75].clone()
+    bn.running_mean.add_(1.0)  # as training at full width does
+    for ratio in (0.25, 0.75):
+        bn.set_width(int(16 * ratio), ratio)
+        assert bn._fixed_mean is places[ratio]
+    torch.testing.assert_close(bn._fixed_mean[:8] - before[:8], torch.full((8,), 0.5))
+    x = torch.randn(3, 12, 2, 2, requires_grad=True)
+    first = bn(x)
+    bn.set_width(12, 0.75)  # between a forward and its backward
+    (first + bn(x)).sum().backward()
+    bn.set_width(11)
+    bn.set_width(10)
+    assert set(bn.calibrated.places) == {0.25, 0.5, 0.75}
+
+
+def test_calibrated_ratios_are_not_rounded_with_the_module():
+    bn = trained().eval()
+    bn.set_mode("universal", [(0.3, 5)])
+    calibrate(bn, [torch.randn(6, 16, 4, 4)], [(0.3, 5)])
+    bn.half().float()
+    assert bn.calibrated_ratios == (0.3, 1.0)
+    other = trained()
+    other.set_mode("universal", [(0.3, 5)])
+    other.load_state_dict(bn.state_dict())
+    assert other.calibrated_ratios == (0.3, 1.0)
+    other.set_width(5, 0.3)
+    torch.testing.assert_close(other._fixed_mean[:5], bn.calibrated.mean[0, :5])
+
+
 @pytest.mark.parametrize("mode", ["shared", "universal"])
 def test_in_index_reads_and_writes_the_gathered_channels(mode):
     bn = trained()
