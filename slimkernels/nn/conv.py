@@ -22,20 +22,28 @@ class _SlimConvBase(SlimModule, nn.modules.conv._ConvNd):
 
     def __init__(self, *args, activation: str = "none", **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self._init_slim(activation)
+
+    def _init_slim(self, activation: str = "none") -> None:
+        """What the constructor adds to torch's; call it too when turning a torch module into this class in place."""
         check_activation(type(self).__name__, activation)
         self.activation = activation
         self._init_width(self.out_channels)
+        self._lie_on_gpu()
 
     def _apply(self, fn, recurse=True):
-        """Moved to a GPU, a 2d weight lies channels-last there: its kernels load 16 bytes at once, and outputs are
-        channels-last from then on. Another memory format can be asked for after the move."""
         before = self.weight.device.type
         super()._apply(fn, recurse)
-        weight = self.weight
-        moved = on_gpu(weight) and before != weight.device.type
-        if moved and weight.dim() == 4 and weight.shape[1] > 1 and type(weight) is nn.Parameter:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if before != self.weight.device.type:
+            self._lie_on_gpu()
         return self
+
+    def _lie_on_gpu(self) -> None:
+        """Made on, converted on or moved to a GPU, a 2d weight lies channels-last there: its kernels load 16 bytes at once,
+        and outputs are channels-last from then on. Another memory format can be asked for afterwards."""
+        weight = self.weight
+        if on_gpu(weight) and weight.dim() == 4 and weight.shape[1] > 1 and type(weight) is nn.Parameter:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
     def _check_width(self, n: int) -> None:
         super()._check_width(n)

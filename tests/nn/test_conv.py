@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import slimkernels.nn as slim
+from slimkernels import elastic
 from tests.helpers import check_graphs, error
 
 SIZES = {1: (14,), 2: (9, 8), 3: (5, 6, 5)}
@@ -159,3 +160,29 @@ def test_moved_to_a_gpu_a_weight_lies_channels_last(monkeypatch):
     assert conv.weight.is_contiguous()
     assert depthwise.to("meta").weight.is_contiguous()
     assert line.to("meta").weight.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", ["SlimConv2d", "SlimConvTranspose2d"])
+def test_made_on_a_gpu_a_weight_lies_as_if_it_was_moved_there(kind, monkeypatch):
+    monkeypatch.setattr(sys.modules["slimkernels.nn.conv"], "on_gpu", lambda weight: weight.is_meta)
+    make, plain = getattr(slim, kind), getattr(torch.nn, kind.removeprefix("Slim"))
+    with torch.device("cpu"):
+        moved = make(8, 6, 3).to("meta")
+        network = torch.nn.Sequential(plain(3, 8, 3), torch.nn.ReLU(), plain(8, 6, 3))
+        elastic.convert(network, torch.randn(1, 3, 9, 9), widths=[0.5, 1.0])
+    with torch.device("meta"):
+        within = make(8, 6, 3)
+    assert moved.weight.stride() == make(8, 6, 3, device="meta").weight.stride() == within.weight.stride()
+    assert moved.weight.stride(1) == 1
+    assert make(8, 8, 3, groups=8, device="meta").weight.is_contiguous()
+    assert network[2].weight.is_contiguous()  # on the CPU
+
+
+def test_converted_on_a_gpu_a_weight_lies_as_if_it_was_moved_there(monkeypatch):
+    monkeypatch.setattr(sys.modules["slimkernels.nn.conv"], "on_gpu", lambda weight: True)  # the CPU is the GPU
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 6, 3))
+    x = torch.randn(1, 3, 9, 9)
+    expected = network(x)
+    network = elastic.convert(network, x, widths=[0.5, 1.0])
+    assert network[2].weight.stride(1) == 1
+    torch.testing.assert_close(network(x), expected)
