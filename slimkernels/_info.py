@@ -17,10 +17,36 @@ from slimkernels._version import __version__
 
 Section = dict[str, str]
 
+# What computes an op on a GPU where it is there, and what of it composes PyTorch all the same, beside float64.
+ON_GPU = {
+    "activation": ("PyTorch", ""),
+    "inr_weights": (
+        "CUDA C++",
+        "more than 512 hidden units, 128 outputs or 24 bands; networks too large for a block's shared memory; activations"
+        ' other than relu, elu, gelu and silu; save="full"',
+    ),
+    "slice_accumulate_": ("CUDA C++", "sources of more than 5 dimensions or that are not dense"),
+    "slim_batch_norm": ("Triton", ""),
+    "slim_conv": ("CUDA C++ (depthwise), Triton", "3d; 2^31 positions and more"),
+    "slim_conv_transpose": ("Triton", "3d; 2^31 positions and more"),
+    "slim_group_norm": ("Triton", ""),
+    "slim_gru": ("cuDNN", "compiled layers on AMD"),
+    "slim_layer_norm": ("Triton", "backward of rows of more than 4096"),
+    "slim_linear": ("Triton", ""),
+    "slim_lstm": ("cuDNN", "compiled layers on AMD"),
+    "slim_rms_norm": ("Triton", "backward of rows of more than 4096"),
+}
+
 
 def collect() -> dict[str, Section]:
     """Section -> name -> what to tell."""
-    return {"slimkernels": _package(), "CPU": _cpu(), "GPU": _gpu(), "ops on the CPU": _ops()}
+    return {
+        "slimkernels": _package(),
+        "CPU": _cpu(),
+        "GPU": _gpu(),
+        "ops on the CPU": _ops(),
+        "ops on a GPU": _gpu_ops(),
+    }
 
 
 def _version(package: str) -> str | None:
@@ -74,6 +100,24 @@ def _gpu() -> Section:
             section[name] = f"off: {reason}; their ops on CUDA tensors run the PyTorch reference"
         else:
             section[name] = "installed, loaded at the first use of a CUDA tensor"
+    return section
+
+
+def _gpu_ops() -> Section:
+    """Each op and what computes it for a CUDA tensor."""
+    missing = {
+        "CUDA C++": bool(cuda_kernels.reason_missing()),
+        "Triton": bool(triton_kernels.reason_missing()),
+        "PyTorch": False,
+        "cuDNN": torch.version.cuda is None or os.environ.get("SLIMKERNELS_DISABLE") == "1",
+    }
+    section = {}
+    for name, (kernels, composed) in ON_GPU.items():
+        there = [each for each in kernels.split(", ") if not missing[each.partition(" (")[0]]]
+        if there:
+            section[name] = ", ".join(there) + (f"; in PyTorch: {composed}" if composed else "")
+        else:
+            section[name] = "PyTorch reference"
     return section
 
 

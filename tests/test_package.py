@@ -11,7 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 import slimkernels
+from slimkernels import _info
 from slimkernels.cli import app
+from slimkernels.cuda_kernels import inr_weights, slice_accumulate
 
 CLEAN = """
 import socket, subprocess, sys, time
@@ -69,6 +71,9 @@ def test_info_tells_what_runs_and_why_something_is_off():
     assert sections["ops on the CPU"]["slim_linear"] in ("C++", "PyTorch reference")
     assert re.match("on|off: .+", sections["CPU"]["C++ kernels"])
     assert {"torch", "driver", "Triton"} <= set(sections["GPU"])
+    assert set(sections["ops on a GPU"]) == {
+        name for name, how in sections["ops on the CPU"].items() if how != "composed of other ops"
+    }
     assert not torch.cuda.is_initialized()
 
 
@@ -80,6 +85,23 @@ def test_info_names_the_switch_that_turned_kernels_off():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "off: switched off by SLIMKERNELS_DISABLE=1" in run.stdout
     assert "C++'" not in run.stdout
+
+
+def test_info_tells_what_the_gpu_kernels_leave_to_pytorch(monkeypatch):
+    for module in (_info.cuda_kernels, _info.triton_kernels):
+        monkeypatch.setattr(module, "reason_missing", lambda: "")
+    monkeypatch.delenv("SLIMKERNELS_DISABLE", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    told = _info._gpu_ops()
+    limits = f"more than {inr_weights.HIDDEN[-1]} hidden units, {inr_weights.MOST_OUTPUTS} outputs or"
+    assert told["inr_weights"].startswith(
+        f"CUDA C++; in PyTorch: {limits} {(inr_weights.MOST_COLUMNS - 6) // 12} bands"
+    )
+    assert f"more than {slice_accumulate.DIMS} dimensions" in told["slice_accumulate_"]
+    assert (told["slim_linear"], told["slim_conv"][:36]) == ("Triton", "CUDA C++ (depthwise), Triton; in PyT")
+    monkeypatch.setattr(_info.cuda_kernels, "reason_missing", lambda: "not built")
+    told = _info._gpu_ops()
+    assert (told["inr_weights"], told["slim_conv"][:18]) == ("PyTorch reference", "Triton; in PyTorch")
 
 
 def test_info_prints_a_table():

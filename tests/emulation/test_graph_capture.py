@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slimkernels import elastic, hyper
 from slimkernels import nn as slim
 from slimkernels.models.resnet import CifarResNet
-from slimkernels.ops import _recurrent_gpu, slice_accumulate_
+from slimkernels.ops import InrParameters, InrTensor, _recurrent_gpu, inr_weights, slice_accumulate_
+from slimkernels.reference import inr_weights as reference
 from tests.helpers import map_tensors, tensors_in
+from tests.ops.test_inr_weights import networks
 
 pytest.importorskip("triton", reason="Triton is not installed")
 capture = pytest.importorskip("tests.emulation.capture", reason="needs Triton").capture
@@ -251,3 +253,38 @@ def test_what_a_graph_cannot_hold_is_found(name):
             assert name == "a mask"  # PyTorch has no shape for it on this device, and says so
             return
     assert graph.broken
+
+
+LARGEST = {"hidden": 512, "outputs": 128, "bands": 24, "activation": "relu", "save": "recompute"}
+BEYOND = {"hidden": 513, "outputs": 129, "bands": 25, "activation": "sigmoid", "save": "full"}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_networks_beyond_the_kernels_compose_the_reference(name, monkeypatch):
+    module = importlib.import_module("slimkernels.cuda_kernels.inr_weights")
+    launched = []
+
+    class Launches:
+        def __getattr__(self, name):
+            return lambda *args: launched.append(name)
+
+    monkeypatch.setattr(module, "operators", Launches)
+    monkeypatch.setattr(module, "available", lambda: True)
+    monkeypatch.setattr(module, "shared_limit", lambda device: 2**30)  # the sizes above are the only limits
+
+    def calls(value):
+        chosen = dict.fromkeys(("hidden", "outputs", "bands"), 8) | {"activation": "relu", "save": "recompute"}
+        chosen[name] = value
+        activation, save = chosen.pop("activation"), chosen.pop("save")
+        drawn = InrParameters(*(t.requires_grad_() for t in networks(depth=1, **chosen)))
+        tensors = [InrTensor(0, 1, (), 0, "bias", tile=(1, chosen["outputs"]))]
+        return train(lambda: inr_weights(drawn, tensors, [(5, 1)], norm=32.0, activation=activation, save=save))
+
+    for value, kernels in ((LARGEST[name], ["inr_forward", "inr_backward"]), (BEYOND[name], [])):
+        launched.clear()
+        for op, args in calls(value):
+            with torch.no_grad():
+                found = getattr(module, op)(*args)
+                if not kernels:
+                    torch.testing.assert_close(found, getattr(reference, op)(*args))
+        assert launched == kernels
