@@ -1,6 +1,7 @@
 #include "slim_conv.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -8,6 +9,7 @@
 #include "reference_call.h"
 #include "slim_conv_depthwise.h"
 #include "slim_conv_direct.h"
+#include "slim_conv_pointwise.h"
 
 namespace slimkernels {
 
@@ -22,6 +24,7 @@ at::Tensor slim_conv_cpu(const at::Tensor& x, const at::Tensor& weight, const Ma
     return call_reference<decltype(slim_conv_cpu)>("slimkernels::slim_conv", x, weight, bias, out_channels, stride,
                                                    padding, dilation, groups, activation_name, residual);
   }
+  if (is_pointwise(x, weight, geometry)) return pointwise_conv(x, weight, bias, out_channels, activation, residual);
   if (auto y = direct_conv(x, weight, bias, out_channels, geometry, activation, residual)) return *y;
   const at::Tensor w = weight.narrow(0, 0, out_channels).narrow(1, 0, x.size(1) / groups);
   return conv_through_aten(x, w, bias, geometry, activation, residual, conv_format(x, weight));
@@ -46,8 +49,15 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
         name, dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db);
   }
   at::Tensor dx, dw, db;
-  if (need_dx) dx = direct_conv_input_gradient(dy, x, weight, geometry);
-  if (need_dw || need_db) {
+  const bool pointwise = is_pointwise(x, weight, geometry);
+  if (need_dx) dx = pointwise ? pointwise_input_gradient(dy, x, weight) : direct_conv_input_gradient(dy, x, weight, geometry);
+  if (pointwise) {
+    if (need_dw) dw = pointwise_weight_gradient(dy, x, weight, size);
+    if (need_db) {
+      const at::Tensor sums = at::sum(dy, {0, 2, 3}, false, at::kFloat);
+      db = sized_bias_gradient(sums, dy.size(1), weight.size(0), dy.scalar_type(), size);
+    }
+  } else if (need_dw || need_db) {
     std::tie(dw, db) = depthwise_conv_weight_gradient(dy, x, weight, geometry, need_dw, size);
     if (!db.defined()) std::tie(dw, db) = direct_conv_weight_gradient(dy, x, weight, geometry, need_dw, size);
   }

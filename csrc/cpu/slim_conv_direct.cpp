@@ -17,8 +17,8 @@ namespace {
 
 // Which shapes run here and not in oneDNN (through ATen), from measurements on one Zen 5 core, channels-last, ours over
 // F.conv2d on the slice; oneDNN reaches 200 to 240 GFLOP/s in float32 at 32 channels and more, and so do these kernels.
-//   Pointwise (1x1, stride 1), dx and dw: 1.1 to 2.2: oneDNN reorders a weight that is read in place here. Forward, large: 0.5
-//   to 0.9.
+//   Pointwise (1x1, stride 1) without AVX-512 (with it: slim_conv_pointwise.cpp), dx and dw: 1.1 to 2.2: oneDNN reorders a weight
+//   that is read in place here. Forward, large: 0.5 to 0.9.
 //   Up to 24 vector channels (of the result's side): 1.1 to 2.9 forward and dx; oneDNN pads to blocks of 16.
 //   dx with a stride: 1.15 to 2.5, because each remainder of the stride is a dense convolution of its own.
 //   Little work (small batches): 1.2 to 2.8, what oneDNN spends on reordering and on looking up its primitive.

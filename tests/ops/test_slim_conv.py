@@ -119,6 +119,22 @@ def test_slim_conv_winograd(batch, c, n, size, padding):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sliced"])
+@pytest.mark.parametrize(
+    ("c", "n", "size"),
+    [(17, 33, (9, 31)), (33, 17, (20, 30)), (300, 20, (5, 5)), (20, 200, (5, 9)), (150, 140, (1, 1))],
+)
+def test_slim_conv_pointwise(c, n, size, full, dtype):
+    """Few and many pixels, more inputs or more outputs, more than one panel or block of either."""
+    for kwargs in (dict(bias=False, residual=False), dict(activation="relu")):
+        full_c, full_n = (c, n) if full else (c + 5, n + 7)
+        args, kwargs = sample(c, n, full_c, full_n, (1, 1), size, channels_last=True, **kwargs)
+        check_as_good_as_pytorch(slim_conv, oracle, args, kwargs, dtype)
+        wide = torch.cat([args[0], args[0]], 1)[:, :c]  # pixels further apart than their channels
+        check_as_good_as_pytorch(slim_conv, oracle, (wide, *args[1:]), kwargs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("geometry", GEOMETRIES[:11], ids=str)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
