@@ -63,7 +63,8 @@ struct TileEnd {
   Activate other;  // any other activation
   int tail;        // outputs in the last vector
   bool fetch_x;    // asks for the input of the next tile while it works on this one
-  const float* fetch_w;  // or for as many weights of another vector as it uses of one
+  const char *fetch_w, *fetch_w_end;  // weights that come later, asked for in equal parts; null: none
+  int64_t fetch_w_step;               // bytes for every kLine / 4 units
 };
 
 constexpr int kLine = 64;  // bytes
@@ -90,18 +91,18 @@ void conv_tile(const float* x, int64_t step, const deploy::TapRun* runs, int64_t
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) acc[p][v] = first ? bias : load(sums + (p * V + v) * kLanes);
   }
+  const char* next_w = end.fetch_w;
   for (int64_t r = 0; r < run_count; ++r) {
     const float* from = x + runs[r].offset;
     const float* weights = w + runs[r].packed * kLanes;
     const int64_t units = runs[r].units;
     for (int64_t k = 0; k < units;) {
       int64_t stop = units;
-      if (end.fetch_w) {
+      if (end.fetch_w || end.fetch_x) {
         stop = std::min<int64_t>(units, k + kLine / 4);
-        for (int64_t i = k; i < stop; i += kLine / (4 * kLanes)) fetch(end.fetch_w + (runs[r].packed + i) * kLanes);
-      } else if (end.fetch_x) {
-        stop = std::min<int64_t>(units, k + kLine / 4);
-        for (int p = 0; p < P; ++p) fetch(from + (p + P) * step + k);
+        const char* to = std::min(next_w + end.fetch_w_step, end.fetch_w_end);
+        for (; next_w < to; next_w += kLine) fetch(next_w);
+        for (int p = 0; end.fetch_x && p < P; ++p) fetch(from + (p + P) * step + k);
       }
       for (; k < stop; ++k, weights += kLanes) {
         vf b[V];
@@ -200,6 +201,18 @@ TileEnd<T> tile_end(const deploy::Epilogue& epilogue) {
   return end;
 }
 
+// Asks for the part `index` of `count` of the weights behind `first` while a tile works on `units` units; none where `index` is
+// `count` or more.
+template <typename T>
+void fetch_weights(TileEnd<T>& end, const float* first, int64_t bytes, int64_t index, int64_t count, int64_t units) {
+  end.fetch_w = nullptr, end.fetch_w_end = nullptr;
+  if (index >= count) return;
+  const int64_t lines = (bytes + kLine - 1) / kLine, begin = lines * index / count, stop = lines * (index + 1) / count;
+  const int64_t blocks = (units * 4 + kLine - 1) / kLine;
+  end.fetch_w = (const char*)first + begin * kLine, end.fetch_w_end = (const char*)first + stop * kLine;
+  end.fetch_w_step = (stop - begin + blocks - 1) / blocks * kLine;
+}
+
 template <typename T>
 const T* residual_at(const deploy::Places& at, const deploy::Plane& plane, int64_t image, int64_t row) {
   return at.residual ? (const T*)at.residual + image * plane.image + row * plane.row : nullptr;
@@ -250,10 +263,12 @@ void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
           const deploy::TapRun* runs = job.runs.data() + job.chunks[part];
           const int64_t run_count = job.chunks[part + 1] - job.chunks[part];
           float* sum = sums.data();
-          // The weights that come next, a vector of them with each of the first tiles.
-          const bool deeper = part + 1 < parts, more = deeper || panel + 1 < panels;
-          const int64_t ahead = deeper ? part_units : vectors * vector_step / kLanes - part * part_units;
-          int64_t fetched = job.fetch_weights && more ? 0 : vectors;
+          // The weights that come next: of every vector the same number of pieces, one with each of the tiles.
+          const bool deeper = part + 1 < parts, more = job.fetch_weights && (deeper || panel + 1 < panels);
+          const float* ahead = weight + (deeper ? (part + 1) * part_units * kLanes : vectors * vector_step);
+          const int64_t ahead_units = std::min(part_units, job.depth - (deeper ? (part + 1) * part_units : 0));
+          const int64_t pieces = std::max<int64_t>(1, (row_end - row_begin) * (job.out_w / tile) / vectors);
+          int64_t fetched = more ? 0 : pieces * vectors;
           for (int64_t row = row_begin; row < row_end; ++row) {
             const int64_t image = row / job.out_h, line = row % job.out_h;
             const float* x = (const float*)at.x + image * job.x.image + line * job.x.row;
@@ -267,13 +282,15 @@ void conv_kernel(const deploy::ConvJob& job, const deploy::Places& at) {
                            residual ? residual + (j + tile) * job.residual.pixel : nullptr, job.residual.pixel, tile,
                            vectors * kLanes);
               }
-              end.fetch_w = fetched < vectors ? weight + fetched++ * vector_step + ahead * kLanes : nullptr;
+              const int64_t piece = fetched < pieces * vectors ? fetched % pieces : pieces;
+              fetch_weights(end, ahead + fetched / pieces * vector_step, ahead_units * kLanes * 4, piece, pieces, part_units);
+              ++fetched;
               whole(x + j * job.x.pixel, job.x.pixel, runs, run_count, weight, vector_step, end, sum, part == 0,
                     part == parts - 1, residual ? residual + j * job.residual.pixel : nullptr, y + j * job.y.pixel);
               if (parts > 1) sum += tile * vectors * kLanes;
             }
             if (rest) {
-              end.fetch_w = nullptr;
+              end.fetch_w = end.fetch_w_end = nullptr;
               part_tile(x + j * job.x.pixel, job.x.pixel, runs, run_count, weight, vector_step, end, sum, part == 0,
                         part == parts - 1, residual ? residual + j * job.residual.pixel : nullptr, y + j * job.y.pixel);
               if (parts > 1) sum += rest * vectors * kLanes;

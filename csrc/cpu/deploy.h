@@ -128,6 +128,8 @@ at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes, at::ScalarType
 Weights pack_affine(const at::Tensor& scale, const at::Tensor& shift);
 
 std::shared_ptr<const Plan> make_plan(const Bound& bound, const std::vector<at::Tensor>& inputs);
+at::Tensor large_pages(int64_t bytes);  // new memory, in large pages where the system gives them
+void gather_weights(std::vector<Weights>& weights);  // what the kernels read, one after the other in one such piece
 int64_t arena_bytes_held();  // by all programs together
 
 }  // namespace slimkernels::deploy

@@ -7,6 +7,9 @@
 namespace slimkernels::deploy {
 namespace {
 
+constexpr int64_t kSharedBytes = 1024;  // pixels as far apart, or a multiple of it, use few sets of a first-level cache
+constexpr int64_t kLineBytes = 64;
+
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 int64_t pooled(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil) {
@@ -160,7 +163,11 @@ void Planner::memory() {
     else exported.push_back({index, static_cast<int>(o)});
   }
   for (Value& v : values) {
-    if (&v == &values[v.root]) v.pixel = v.output >= 0 || v.input >= 0 ? v.c : up(v.c, pair);
+    if (&v != &values[v.root]) continue;
+    v.pixel = v.output >= 0 || v.input >= 0 ? v.c : up(v.c, pair);
+    // A tile's pixels would share their places in the first-level cache: a line more keeps them apart.
+    const bool arena = v.output < 0 && v.input < 0;
+    if (arena && v.pixel * bound.element % kSharedBytes == 0) v.pixel += kLineBytes / bound.element;
   }
   for (int i = 0; i < inputs_count(); ++i) {
     if (pair == 2 && dense_pairs(i)) values[i].pixel = values[i].c;

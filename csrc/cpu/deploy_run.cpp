@@ -10,28 +10,12 @@
 #include <cstring>
 #include <ctime>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "deploy_plan.h"
 
 namespace slimkernels::deploy {
 namespace {
 
 std::atomic<int64_t> held_bytes{0};
-
-// New memory for activations, in large pages where the system gives them: a tile touches a page for every few pixels.
-at::Tensor fresh(int64_t bytes) {
-  const at::Tensor made = at::empty({bytes}, at::kByte);
-#if defined(__linux__)
-  constexpr uintptr_t kLarge = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(made.data_ptr()), first = (begin + kLarge - 1) / kLarge * kLarge;
-  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) / kLarge * kLarge;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // it may decline
-#endif
-  return made;
-}
 
 // Memory for activations, kept for the next call; every call that runs at the same time has its own.
 class Arenas {
@@ -50,7 +34,7 @@ class Arenas {
       free_.clear();  // too small ones; the larger one serves for them
     }
     held_bytes += bytes;
-    return fresh(bytes);
+    return large_pages(bytes);
   }
   void give(at::Tensor arena) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -278,6 +262,7 @@ Bound::Bound(std::shared_ptr<const Program> given, std::vector<Weights> packed, 
   TORCH_CHECK_VALUE(weights.size() == program->steps.size(), "deploy: expected weights of ", program->steps.size(),
                     " steps, got ", weights.size());
   element = dtype == at::kBFloat16 ? 2 : 4;
+  gather_weights(weights);
 }
 
 std::shared_ptr<const Plan> Bound::plan_for(const std::vector<at::Tensor>& inputs) {

@@ -87,9 +87,10 @@ inline void winograd_kernel(const deploy::WinogradJob& job, const deploy::Places
             const float* weight = (const float*)job.weight + (position * vectors + vector) * vector_step;
             const ConvTile<float> whole = pick_tile<float>(wide, tile);
             const bool more = job.fetch_weights && (panel + 1 < panels || position < 35);
-            for (int64_t t = 0, vectors_fetched = 0; t < count; t += tile) {
+            const int64_t parts = more ? (count + tile - 1) / tile : 0;
+            for (int64_t t = 0; t < count; t += tile) {
               // The next panel lies behind this one.
-              none.fetch_w = more && vectors_fetched < wide ? weight + (wide + vectors_fetched++) * vector_step : nullptr;
+              fetch_weights(none, weight + wide * vector_step, wide * vector_step * 4, t / tile, parts, job.in_c);
               const ConvTile<float> run_tile = t + tile <= count ? whole : pick_tile<float>(wide, count - t);
               run_tile(v + position * job.v_position + t * in_step, in_step, &run, 1, weight, vector_step, none, nullptr,
                        true, true, nullptr, m + position * job.m_position + t * out_step + vector * kLanes);

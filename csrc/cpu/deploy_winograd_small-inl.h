@@ -103,8 +103,9 @@ void small_winograd_kernel(const deploy::WinogradJob& job, const deploy::Places&
             const ConvTile<T> whole = pick_tile<T>(wide, tile);
             const bool more = job.fetch_weights && (panel + 1 < panels || position + 1 < kSmallMatrices);
             float* sums = m + position * job.m_position + vector * count * kLanes;
-            for (int64_t t = 0, fetched = 0; t < count; t += tile) {
-              none.fetch_w = more && fetched < wide ? weight + (wide + fetched++) * vector_step : nullptr;
+            const int64_t parts = more ? (count + tile - 1) / tile : 0;
+            for (int64_t t = 0; t < count; t += tile) {
+              fetch_weights(none, weight + wide * vector_step, wide * vector_step * 4, t / tile, parts, units);
               const ConvTile<T> run_tile = t + tile <= count ? whole : pick_tile<T>(wide, count - t);
               run_tile((const float*)(v + position * job.v_position + t * in_step), in_step / kPair, &run, 1, weight, vector_step,
                        none, sums + t * wide * kLanes, true, false, nullptr, nullptr);
