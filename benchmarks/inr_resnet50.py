@@ -1,12 +1,13 @@
-"""Every tensor of ResNet-50 generated in one call, forward and backward once: ``python -m benchmarks.inr_resnet50`` writes
-``results/hyper/inr-resnet50.csv``.
+"""Every tensor of ResNet-50 generated in one call, forward and backward once: ``python -m benchmarks.inr_resnet50 [--tile N]``
+writes ``results/hyper/inr-resnet50.csv``.
 
-1x1 convolutions and the classifier emit a 3 x 3 tile of channel pairs a coordinate, which keeps the coordinates in the millions.
-The published way would save over 100 GiB for backward.
+1x1 convolutions and the classifier emit an N x N tile of channel pairs a coordinate: 3 makes 2.9 million coordinates, 1 (the
+published way, which would save over 100 GiB for backward) 15.5 million. A row of another tile that is there already is kept.
 """
 
+import argparse
+import csv
 import resource
-import sys
 import time
 
 import torch
@@ -28,13 +29,13 @@ def convolutions() -> list[tuple[int, int, int]]:  # output channels, input chan
     return [*found, (1000, 2048, 1)]
 
 
-def target() -> tuple[list[InrTensor], list[tuple[int, int]]]:
+def target(side: int = 3) -> tuple[list[InrTensor], list[tuple[int, int]]]:
     shapes = convolutions()
     tensors: list[InrTensor] = []
     active: list[tuple[int, int]] = []
     for layer, (c_out, c_in, kernel) in enumerate(shapes):
         mlp = len(tensors)
-        tile = (3, 3) if kernel == 1 else (1, 1)
+        tile = (side, side) if kernel == 1 else (1, 1)
         size = (kernel, kernel) if layer + 1 < len(shapes) else ()
         tensors += [
             InrTensor(layer, len(shapes), size, mlp, tile=tile),
@@ -63,9 +64,18 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(dtype: torch.dtype = torch.bfloat16) -> None:
+def others(side: int) -> list[dict[str, str]]:
+    """The committed rows of other tiles."""
+    path = inr_scaling.FOLDER / "inr-resnet50.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["tile"] != str(side)]
+
+
+def main(side: int = 3, dtype: torch.dtype = torch.bfloat16) -> None:
     torch.set_num_threads(1)
-    tensors, active = target()
+    tensors, active = target(side)
     p = parameters(len(tensors), 49, dtype)  # the first convolution is 7 x 7
     small = [(t, a) for t, a in zip(tensors, active, strict=True) if t.layout == "bias"][:1]
     inr_weights(p, *zip(*small, strict=True), norm=2048.0)  # the libraries' own memory
@@ -74,12 +84,16 @@ def main(dtype: torch.dtype = torch.bfloat16) -> None:
     middle = time.process_time()
     torch.autograd.grad(weights, p, [torch.ones_like(w) for w in weights])
     end = time.process_time()
-    row = {"tensors": len(tensors), "coordinates": coordinates(tensors, active)}
+    row = {"tile": side, "tensors": len(tensors), "coordinates": coordinates(tensors, active)}
     row |= {"weights": sum(w.numel() for w in weights), "parameters": sum(x.numel() for x in p)}
     seconds = {"forward_cpu_s": f"{middle - start:.1f}", "backward_cpu_s": f"{end - middle:.1f}"}
     extra = {"extra_gib": f"{(peak() - before) / 2**30:.2f}"}
-    inr_scaling.write("resnet50", [{**row, "dtype": str(dtype)[6:], **seconds, **extra}])
+    inr_scaling.write("resnet50", [{**row, "dtype": str(dtype)[6:], **seconds, **extra}, *others(side)])
 
 
 if __name__ == "__main__":
-    main(torch.float32 if "float32" in sys.argv else torch.bfloat16)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tile", type=int, default=3, choices=(1, 2, 3, 4, 5, 6, 7), help="N")  # 7 x 7 outputs at most
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    arguments = parser.parse_args()
+    main(arguments.tile, getattr(torch, arguments.dtype))

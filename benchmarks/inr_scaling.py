@@ -159,7 +159,7 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *about()], lineterminator="\n")
         writer.writeheader()
-        writer.writerows([row | about() for row in rows])
+        writer.writerows([about() | row for row in rows])  # rows of an earlier run keep what they say of it
     for row in rows:
         print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 

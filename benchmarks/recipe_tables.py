@@ -5,6 +5,7 @@
 
 import argparse
 import csv
+import re
 import statistics
 import sys
 
@@ -24,7 +25,9 @@ TABLES = {
     "hyper-seeds": "hyper/digits-seeds.csv",
     "hyper-cifar": "hyper/cifar.csv",
 }
-HYPER_WIDTHS = ("1", "0.8125", "0.75", "0.625", "0.5", "0.4375", "0.25")
+BESIDE_UNSEEN = ("0.46875", "0.40625")  # trained where steps draw thirty-seconds
+HYPER_WIDTHS = ("1", "0.8125", "0.75", "0.625", "0.5", "0.46875", "0.4375", "0.40625", "0.25")
+APART = re.compile(r" --(?:arms|out) (?:'[^']*'|\S+)| --resume| --seed \d+")  # in what runs of one table differ
 PROVIDERS = {"deployed": "deployed", "slimkernels": "ours", "slicing": "slicing", "plain": "plain"}
 
 
@@ -78,12 +81,13 @@ def speech_markdown(rows: list[dict[str, str]]) -> str:
 def hyper_markdown(rows: list[dict[str, str]]) -> str:
     """A row an arm: accuracy in percent, mean and standard deviation over seeds where there are several."""
     unseen = {row["width"] for row in rows if row["trained"] == "no" and not row["arm"].endswith("sliced")}
-    heads = ["arm", "seeds", *(f"{w}*" if w in unseen else w for w in HYPER_WIDTHS)]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(HYPER_WIDTHS)]
+    widths = [w for w in HYPER_WIDTHS if w not in BESIDE_UNSEEN or any(row["width"] == w for row in rows)]
+    heads = ["arm", "seeds", *(f"{w}*" if w in unseen else w for w in widths)]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---:|" + "---:|" * len(widths)]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         of_arm = [row for row in rows if row["arm"] == arm]
         cells = []
-        for width in HYPER_WIDTHS:
+        for width in widths:
             found = [100 * float(row["accuracy"]) for row in of_arm if row["width"] == width]
             spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 and not arm.endswith("sliced") else ""
             cells.append(f"{statistics.mean(found):.1f}{spread}" if found else "")
@@ -101,8 +105,10 @@ def hyper_markdown(rows: list[dict[str, str]]) -> str:
         text += '; "mean of K": weights averaged over K noisy samples'
     text += "."
     note = f" {last['note']}" if last["note"] else ""
-    commands = dict.fromkeys(row["command"] for row in rows)
-    return "\n".join([*lines, "", f"{text}{note}", "", "```sh", *commands, "```"])
+    commands = dict.fromkeys(APART.sub("", row["command"]) for row in rows)
+    return "\n".join(
+        [*lines, "", f"{text}{note} `--arms` and `--seed` of each run are in the CSV.", "", "```sh", *commands, "```"]
+    )
 
 
 def separate_markdown(rows: list[dict[str, str]]) -> str:

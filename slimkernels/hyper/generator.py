@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels import elastic
-from slimkernels._copy import deep_copy
 from slimkernels.elastic.plan import Width, unwrap
 from slimkernels.elastic.trace import as_call
 from slimkernels.hyper.networks import InrNetworks, auto_bands
 from slimkernels.hyper.permutation import permutation_of
 from slimkernels.hyper.state import changed, difference, fingerprint
-from slimkernels.hyper.targets import Tile, _fits, check_blocks, find
+from slimkernels.hyper.targets import Tile, _fits, check_blocks, elastic_copy, find
 from slimkernels.ops.inr_weights import COMPAT, NOISE
 
 _FORMAT = "slimkernels.hyper/1"
@@ -27,8 +26,8 @@ class WeightGenerator(nn.Module):
     tensor's output is learned and starts where the generated tensor is as large as the target's (with base: where an
     output of one is).
 
-    The target is copied, and none of its parameters is trained (see ``train_extras``). Weights are returned with their
-    gradient and never written into the target.
+    The target is copied, and none of its parameters is trained (see ``train_extras`` and ``train_base``). Weights are
+    returned with their gradient and never written into the target.
 
     Args:
         target: an elastic network (``elastic.convert``), or a plain one, which is then converted: its width dimensions
@@ -112,7 +111,8 @@ class WeightGenerator(nn.Module):
             positions = "absolute" if base is not None and mlp == "per_tensor" else "relative"
         self.positions = positions
         self.base, self.noise, self.standardized, self.compat = base, noise, standardized, compat
-        self.target = _elastic(target, example_inputs, convert)
+        self.base_trained = False
+        self.target = elastic_copy(target, example_inputs, convert)
         plan = elastic.plan(self.target)
         self.targets = find(self.target, plan, tensors, tile)
         self.target.requires_grad_(
@@ -197,7 +197,7 @@ class WeightGenerator(nn.Module):
     def _parts(self) -> list[InrNetworks]:
         return [part for part in self.networks if isinstance(part, InrNetworks)]
 
-    def originals(self) -> dict[str, Tensor]:
+    def originals(self) -> dict[str, nn.Parameter]:
         """The target's own tensors, at full size, that generated ones stand for."""
         parameters = dict(self.target.named_parameters())
         return {target.name: parameters[target.name] for target in self.targets}
@@ -283,8 +283,20 @@ class WeightGenerator(nn.Module):
             parameter.requires_grad_(True)
         return list(found.values())
 
+    def train_base(self) -> list[nn.Parameter]:
+        """Let the weights that residuals are added to be trained as well; all widths share them, each its leading slice.
+
+        Raises: ValueError without base.
+        """
+        if self.base is None:
+            raise ValueError("WeightGenerator: expected base='residual' to train the base of, got base=None")
+        self.base_trained, found = True, list(self.originals().values())
+        for parameter in found:
+            parameter.requires_grad_(True)
+        return found
+
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer gets: the coordinate networks, the scales and the extras."""
+        """What an optimizer gets: the coordinate networks, the scales, the extras and a base that is trained."""
         return [*self.networks.parameters(), *self.extras()]
 
     def extras(self) -> list[nn.Parameter]:
@@ -341,7 +353,7 @@ class WeightGenerator(nn.Module):
             "groups": {group.name: group.units for group in plan.groups.values()},
             "divisor": plan.divisor,
             "permutation": permutation_of(self.target),
-            "weights": None if self.base is None else fingerprint(self.originals()),
+            "weights": None if self.base is None or self.base_trained else fingerprint(self.originals()),
         }
 
     def set_extra_state(self, state: Any) -> None:
@@ -378,22 +390,3 @@ def _check(name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"WeightGenerator: expected {name} to be one of {choices}, got {value!r}")
-
-
-def _elastic(target: nn.Module, example_inputs: Any, options: Mapping[str, Any] | None) -> nn.Module:
-    """An elastic copy of the target."""
-    if not isinstance(target, nn.Module):
-        raise TypeError(f"WeightGenerator: expected target to be an nn.Module, got {type(target).__name__}")
-    inner = unwrap(target)
-    if "_elastic" in inner.__dict__:
-        if example_inputs is not None or options is not None:
-            raise ValueError(
-                "WeightGenerator: expected no example_inputs and no convert with an elastic target, got one"
-            )
-        return deep_copy(inner)
-    if example_inputs is None:
-        raise ValueError(
-            "WeightGenerator: expected an elastic target (elastic.convert), or example_inputs to convert a plain"
-            f" {type(target).__name__} with, got neither"
-        )
-    return elastic.convert(target, example_inputs, **(options or {}))

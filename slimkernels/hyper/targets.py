@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimkernels import elastic
+from slimkernels._copy import deep_copy
 from slimkernels.elastic.layers import CONVS, TRANSPOSED, kind_of, tensor_axes
-from slimkernels.elastic.plan import Dim, Plan
+from slimkernels.elastic.plan import Dim, Plan, unwrap
 from slimkernels.ops import InrTensor
 
 Tile = tuple[int, int]
@@ -29,7 +32,7 @@ class Target:
     layout: str  # "oihw" | "iohw" | "bias"
     per_unit: int = 1
     tile: Tile = (1, 1)
-    placed: bool = False  # its elastic layer reads the full parameter: through an index, or by whole groups
+    placed: bool = False  # its elastic layer reads the full parameter: through an index, by groups, or beside another
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -141,7 +144,14 @@ def find(
         chosen |= fitting
     if not chosen:
         raise ValueError(f"{patterns_for}: expected at least one tensor to generate, got {tensors!r}")
-    return [target for name, target in known.items() if name in chosen]
+    return [_beside(target, known, chosen) for name, target in known.items() if name in chosen]
+
+
+def _beside(target: Target, known: Mapping[str, Target], chosen: set[str]) -> Target:
+    """A layer whose weight or bias alone is generated reads it at full size, as it reads the other."""
+    owner = target.name.rpartition(".")[0]
+    others = {name for name in known if name.rpartition(".")[0] == owner}
+    return target if others <= chosen else replace(target, placed=True)
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -217,3 +227,25 @@ def _tiled(target: Target, tile: Tile | Mapping[str, Tile] | None) -> Target:
     if len(chosen) != 2 or not all(isinstance(n, int) and n >= 1 for n in chosen):
         raise ValueError(f"WeightGenerator: expected a tile to be a pair of positive integers, got {chosen!r}")
     return Target(**{**target.__dict__, "tile": (chosen[0], chosen[1])})
+
+
+def elastic_copy(target: nn.Module, example_inputs: Any, options: Mapping[str, Any] | None) -> nn.Module:
+    """An elastic copy of the target.
+
+    Raises: TypeError or ValueError when it is no module, or the other arguments do not fit it.
+    """
+    if not isinstance(target, nn.Module):
+        raise TypeError(f"WeightGenerator: expected target to be an nn.Module, got {type(target).__name__}")
+    inner = unwrap(target)
+    if "_elastic" in inner.__dict__:
+        if example_inputs is not None or options is not None:
+            raise ValueError(
+                "WeightGenerator: expected no example_inputs and no convert with an elastic target, got one"
+            )
+        return deep_copy(inner)
+    if example_inputs is None:
+        raise ValueError(
+            "WeightGenerator: expected an elastic target (elastic.convert), or example_inputs to convert a plain"
+            f" {type(target).__name__} with, got neither"
+        )
+    return elastic.convert(target, example_inputs, **(options or {}))

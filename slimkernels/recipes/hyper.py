@@ -20,6 +20,7 @@ from slimkernels.recipes.cifar import RESIDUAL, limited
 from slimkernels.recipes.cifar_data import Progress, cifar10
 from slimkernels.recipes.data import Batches, InOrder, Split, digit_weights, digits, load_into, load_weights, prepared
 from slimkernels.recipes.digits import NOTES
+from slimkernels.recipes.hyper_arms import BLOCK_ARMS, CIFAR_ARMS, DIGIT_ARMS, Arm, chosen
 from slimkernels.recipes.hyper_features import before_last_block
 from slimkernels.recipes.hyper_results import line, plot, rows_of, table, verdicts
 from slimkernels.recipes.pipeline import Stopped, accuracies, cosine_schedule, parameter_groups, writing
@@ -27,27 +28,8 @@ from slimkernels.train.hypernet import MODES
 
 SIXTEENTHS = tuple(k / 16 for k in range(16, 3, -1))
 UNSEEN = (13 / 16, 10 / 16, 7 / 16)  # never trained
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to get the widths. ``mode`` None: fine-tuning of the weights themselves, all widths together or, with
-    ``alone``, a copy of the network for each of every fourth width."""
-
-    name: str
-    mode: str | None = None
-    noise: str = "none"
-    blocks: Sequence[str] | None = None
-    lr: float = 5e-3
-    base: str | None = None
-    alone: bool = False
-    smooth: bool = False  # channels put into a smooth order first, as published; else the largest come first
-    generator: Mapping[str, Any] = field(default_factory=dict)
-    trainer: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> str:
-        return "".join(c if c.isalnum() else "-" for c in self.name)
+THIRTYSECONDS = tuple(k / 32 for k in range(32, 7, -1) if k / 32 not in UNSEEN)
+BESIDE_UNSEEN = (1.0, *(k / 32 for k in (27, 26, 25, 24, 21, 20, 19, 16, 15, 14, 13)), 0.25)
 
 
 @dataclass
@@ -65,6 +47,7 @@ class Recipe:
     batch_size: int
     widths: Sequence[float] = SIXTEENTHS
     unseen: Sequence[float] = UNSEEN
+    drawn: Sequence[float] | None = None  # the widths that steps run; None: ``widths`` without ``unseen``
     augmented: bool = False
     flip: bool = False
     extras: Sequence[str] = ()  # what is not generated and trained beside, shared by all widths
@@ -78,61 +61,7 @@ class Recipe:
 
     @property
     def trained(self) -> list[float]:
-        return [w for w in self.widths if w not in self.unseen]
-
-
-# The same number of passes a step as the others. Clipped: the first gradients of a coordinate network are large.
-GENERATED: Mapping[str, Any] = {"rule": "sandwich", "distill": "kl", "weight_norm": 0.0, "clip_grad": 1.0}
-FITTED: Mapping[str, Any] = {**GENERATED, "reconstruction": 0.1, "reconstruction_steps": 600}
-SCRATCH: Mapping[str, Any] = {**GENERATED, "reconstruction": 0.0}
-STANDARDIZED, FIXED = {"standardized": True}, {"positions": "absolute"}
-DIGIT_ARMS = (
-    Arm("slimmable", lr=1.5e-3),
-    Arm("residual", "residual", base="residual", lr=2e-3),
-    Arm("residual, axis noise", "residual", "axis", base="residual", lr=2e-3),
-    Arm("residual, element noise", "residual", "element", base="residual", lr=2e-3),
-    Arm("scratch", "neumeta", lr=2e-3, generator=STANDARDIZED, trainer=SCRATCH),
-    Arm("scratch, axis noise", "neumeta", "axis", lr=2e-3, generator=STANDARDIZED, trainer=SCRATCH),
-    Arm("scratch, element noise", "neumeta", "element", lr=2e-3, generator=STANDARDIZED, trainer=SCRATCH),
-    Arm("alone", lr=1.5e-3, alone=True),
-)
-BLOCKS = tuple(f"layer{stage}.{i}" for stage in (1, 2, 3) for i in range(3))
-ALL_BLOCKS: Mapping[str, Any] = {**SCRATCH, "train_previous": True}
-BLOCKS_FITTED: Mapping[str, Any] = {**FITTED, "train_previous": True, "reconstruction_lr": 1e-2}
-CIFAR_ARMS = (
-    Arm("slimmable", lr=3e-3),
-    Arm("residual", "residual", base="residual", lr=1.5e-2),
-    Arm("scratch", "neumeta", lr=3e-3, generator=STANDARDIZED, trainer=SCRATCH),
-    Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, generator={**FIXED, "hidden": 128}, trainer=BLOCKS_FITTED),
-    Arm("blockwise, residual", "blockwise", blocks=BLOCKS, base="residual", lr=1.5e-2, trainer=ALL_BLOCKS),
-    Arm("alone", lr=3e-3, alone=True),
-)
-BLOCK_ARMS = (
-    Arm("slimmable", lr=1e-3),
-    Arm("residual", "residual", base="residual", lr=1.2e-2),
-    Arm("residual, axis noise", "residual", "axis", base="residual", lr=1.2e-2),
-    Arm("residual, element noise", "residual", "element", base="residual", lr=1.2e-2),
-    Arm("neumeta", "neumeta", lr=3e-3, smooth=True, trainer=FITTED),
-    Arm("neumeta, axis noise", "neumeta", "axis", lr=3e-3, smooth=True, trainer=FITTED),
-    Arm("neumeta, element noise", "neumeta", "element", lr=3e-3, smooth=True, trainer=FITTED),
-    Arm("fitted, absolute positions", "neumeta", lr=3e-3, generator=FIXED, trainer=FITTED),
-    Arm("scratch", "neumeta", lr=3e-3, trainer=SCRATCH),
-    Arm("alone", lr=1e-3, alone=True),
-)
-
-
-def chosen(arms: Sequence[Arm], names: Sequence[str] | None) -> list[Arm]:
-    """The arms of these names, or else whose names begin so; None: all of them."""
-    if names is None:
-        return list(arms)
-    found: list[Arm] = []
-    for name in names:
-        exact = [arm for arm in arms if arm.name == name]
-        fitting = exact or [arm for arm in arms if arm.name.startswith(name) and arm not in found]
-        if not fitting:
-            raise ValueError(f"train hyper: expected arms of {'; '.join(a.name for a in arms)}, got {name!r}")
-        found += fitting
-    return found
+        return [w for w in self.widths if w not in self.unseen] if self.drawn is None else list(self.drawn)
 
 
 def digit_recipe(steps: int = 400, batch_size: int = 64, arms: Sequence[str] | None = None) -> Recipe:
@@ -164,7 +93,8 @@ def cifar_recipe(
     progress: Progress | None = None,
 ) -> Recipe:
     """ResNet-20 with its batch norms kept, whose statistics are measured at every width; the channels inside the residual
-    blocks are slimmed, and all their convolutions generated."""
+    blocks are slimmed, and all their convolutions generated (from scratch: every weight and bias of the network but those
+    of its norms)."""
     network = CifarResNet(20)
     load_into(network, load_weights(weights), weights)
     return Recipe(
@@ -172,6 +102,8 @@ def cifar_recipe(
         network=network.eval(),
         data=limited(cifar10(data, progress), test_images),
         arms=chosen(CIFAR_ARMS, arms),
+        widths=BESIDE_UNSEEN,
+        drawn=THIRTYSECONDS,
         convert={"widths": (0.25, 1.0), "divisor": 1, "ignore": RESIDUAL},
         generator={"tensors": "layer*.conv?.weight", "hidden": 64, "layers": 4},
         steps=steps,
@@ -180,6 +112,7 @@ def cifar_recipe(
         flip=True,
         extras=("*bn1.*", "*bn2.*", "linear"),
         amp=amp,
+        notes=[] if amp is None else [f"Trained and measured in mixed precision ({amp})."],
     )
 
 
@@ -237,8 +170,8 @@ def run(
     console: Console | None = None,
     checkpoint_every: int = 100,
 ) -> list[results.Row]:
-    """Trains every arm and writes ``table.csv`` and ``plot.svg`` into ``out``, and the generated networks of the first
-    generated arm, ``network-<w>.pt``, at every fourth width.
+    """Trains every arm and writes, after each, ``table.csv`` and ``plot.svg`` into ``out``, and the generated networks of
+    the first generated arm, ``network-<w>.pt``, at every fourth width.
 
     Returns: a row per arm and width; the arm "sliced" is the network before any training.
     Raises: Stopped when Ctrl-C ended the training; DataError, CheckpointError, TrainingError with one sentence each.
@@ -283,14 +216,7 @@ def run(
         if arm.mode is not None and not kept:
             _save_networks(trainer.model, recipe, out)
             kept = True
-    with writing(out / "table.csv") as aside:
-        results.write_csv(rows, aside)
-    with writing(out / "plot.svg") as aside:
-        plot(
-            [row for row in rows if not row["samples"]],
-            aside,
-            f"{recipe.name} on {recipe.data.name}, {recipe.steps} steps an arm",
-        )
+        _write(recipe, rows, out)
     console.print(table(rows, f"{recipe.name} on {recipe.data.name}: accuracy in %; * never trained"))
     for note in [*recipe.notes, *verdicts(rows)]:
         console.print(note, highlight=False)
@@ -372,8 +298,11 @@ def make_trainer(
     if settings.get("standardized"):
         hyper.match_outputs(generator, prepared(recipe.data.train_x[:64]))
     groups = [{"params": list(generator.networks.parameters()), "lr": arm.lr}]
-    if recipe.extras:
-        groups.append({"params": generator.train_extras(list(recipe.extras)), "lr": recipe.extras_lr})
+    extras = recipe.extras if arm.extras is None else arm.extras
+    if extras:
+        groups.append({"params": generator.train_extras(list(extras)), "lr": recipe.extras_lr})
+    if arm.base_lr:
+        groups.append({"params": generator.train_base(), "lr": arm.base_lr})
     optimizer = torch.optim.AdamW(groups, lr=arm.lr, weight_decay=0.0)
     options["scheduler"] = cosine(optimizer, recipe.steps)
     if arm.mode == "blockwise":
@@ -383,6 +312,14 @@ def make_trainer(
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(steps, 0.05))
+
+
+def _write(recipe: Recipe, rows: Sequence[results.Row], out: Path) -> None:
+    with writing(out / "table.csv") as aside:
+        results.write_csv(rows, aside)
+    with writing(out / "plot.svg") as aside:
+        title = f"{recipe.name} on {recipe.data.name}, {recipe.steps} steps an arm"
+        plot([row for row in rows if not row["samples"]], aside, title)
 
 
 def _save_networks(generator: Any, recipe: Recipe, out: Path) -> None:

@@ -72,18 +72,21 @@ def table(rows: Sequence[results.Row], title: str) -> Table:
 
 
 def verdicts(rows: Sequence[results.Row]) -> list[str]:
-    """For every trained arm: how far its unseen widths are below the mean of their two trained neighbours, and the mean
-    accuracy."""
+    """For every trained arm: how far its unseen widths are below the better of their two trained neighbours, and below the
+    mean of both, and the mean accuracy."""
     lines = []
     for arm, found in by_arm(rows).items():
         accuracy = [100 * float(row["accuracy"]) for row in found]
         gaps = [
-            (accuracy[i - 1] + accuracy[i + 1]) / 2 - accuracy[i]
+            (max(accuracy[i - 1], accuracy[i + 1]) - accuracy[i], (accuracy[i - 1] + accuracy[i + 1]) / 2 - accuracy[i])
             for i, row in enumerate(found)
             if not arm.endswith("sliced") and row["trained"] == "no" and 0 < i < len(found) - 1
             if found[i - 1]["trained"] == found[i + 1]["trained"] == "yes"
         ]
-        worst = f", unseen widths at most {max(gaps):.1f} points below the mean of their neighbours" if gaps else ""
+        worst = ""
+        if gaps:
+            below, mean = (max(gap) for gap in zip(*gaps, strict=True))
+            worst = f", unseen widths at most {below:.1f} points below a neighbour, {mean:.1f} below the mean of both"
         lines.append(f"{arm}: mean {sum(accuracy) / len(accuracy):.1f}, lowest {min(accuracy):.1f}{worst}")
     return lines
 

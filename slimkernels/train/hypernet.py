@@ -12,6 +12,7 @@ from slimkernels.train._common import autocast, call, device_of, eval_mode, map_
 from slimkernels.train.data import iter_is_self
 from slimkernels.train.distill import Distillation, distillation
 from slimkernels.train.evaluate import Metric, evaluate
+from slimkernels.train.fuse import fused_forward
 from slimkernels.train.loop import Row, Trainer
 from slimkernels.train.progress import by_width
 from slimkernels.train.step import LossFn, elastic_widths, make_sampler
@@ -164,15 +165,17 @@ class HypernetTrainer(Trainer):
 
     def _passes(self, batch: Any, scale: float) -> dict[float, Tensor]:
         """Forward and backward of every width of the step, one after another; gradients are summed."""
+        from slimkernels import elastic
+
         inputs, targets = split_batch(batch)
-        widths = self.sampler.sample()
+        target, widths = self.generator.target, self.sampler.sample()
         losses: dict[float, Tensor] = {}
         taught: Any = None
         if self.distill is not None and (self.teacher == "pretrained" or widths[0] != 1.0):
             taught = self._teach(inputs)
         for w in widths:
-            with autocast(self.generator, self.amp):
-                at = self.width_of(w)
+            at = self.width_of(w)
+            with elastic.width(target, at), fused_forward(target), autocast(self.generator, self.amp):
                 weights = self.generator(at, self.samples, blocks=self._blocks())
                 output = self.generator.call(inputs, at, weights)
                 loss = self._loss(output, targets, taught)

@@ -162,6 +162,37 @@ def test_gradients_reach_networks_and_extras_only():
     assert {id(p) for p in gen.trained_parameters()} == {id(p) for p in gen.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_one_tensor_of_a_layer_is_generated_beside_the_targets_other(kind):
+    model, x = digits()
+    gen = disturb(generator(model, tensors=f"*.{kind}"))
+    for w in WIDTHS:
+        torch.testing.assert_close(gen.call(x, w), gen.materialize(w)(x))
+
+
+def test_a_trained_base_gets_the_gradient_of_its_leading_slice():
+    model, x = digits()
+    gen = disturb(generator(model, tensors="conv_layers.*.weight")).train()
+    base = gen.train_base()
+    assert [id(p) for p in base] == [id(p) for p in gen.originals().values()]
+    weights = gen(0.5)
+    name, w = next(iter(weights.items()))
+    w.sum().backward()
+    gradient = gen.originals()[name].grad
+    expected = torch.zeros_like(gradient)
+    expected[tuple(slice(n) for n in w.shape)] = 1
+    assert torch.equal(gradient, expected)
+    assert {id(p) for p in gen.trained_parameters()} == {id(p) for p in gen.parameters() if p.requires_grad}
+    with torch.no_grad():
+        base[0].mul_(2)
+    fresh = generator(model, tensors="conv_layers.*.weight")
+    fresh.train_base()
+    fresh.load_state_dict(copy.deepcopy(gen.state_dict()))  # though its weights are no longer the pre-trained ones
+    assert torch.equal(fresh.call(x, 0.5), gen.eval().call(x, 0.5))
+    with pytest.raises(ValueError, match="expected base='residual' to train the base of, got base=None"):
+        generator(model, base=None).train_base()
+
+
 def test_the_model_given_stays_as_it_is():
     model, x = digits()
     before = {key: value.clone() for key, value in model.state_dict().items()}

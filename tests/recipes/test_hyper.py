@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from benchmarks import merge_hyper, recipe_tables
 from slimkernels.cli import app
 from slimkernels.models import CifarResNet, DigitCNN
-from slimkernels.recipes import hyper, hyper_results
+from slimkernels.recipes import hyper, hyper_arms, hyper_results
 from slimkernels.recipes.data import Split, load_into, load_weights, prepared
 
 QUIET = {"console": Console(quiet=True)}
@@ -70,6 +70,7 @@ def cifar_files(tmp_path, monkeypatch):
 
 def tiny(recipe):
     recipe.widths, recipe.unseen, recipe.samples, recipe.sampled = (1.0, 0.5, 0.25), (0.5,), (2,), (0.5,)
+    recipe.drawn = None if recipe.drawn is None else (1.0, 0.75, 0.25)
     recipe.generator = {**recipe.generator, "hidden": 8, "layers": 2, "bands": 2}
     recipe.arms = [
         dataclasses.replace(arm, trainer={**arm.trainer, "reconstruction_steps": 2})
@@ -86,12 +87,51 @@ def test_every_cifar_arm_runs(tmp_path, monkeypatch):
     rows = hyper.run(recipe, tmp_path / "out", **QUIET)
     arms = [row["arm"] for row in rows]
     assert {arm: arms.count(arm) for arm in arms} == {
-        "sliced": 3, "slimmable": 3, "alone": 1, "residual": 3, "scratch": 3, "blockwise": 3, "blockwise, residual": 3
+        "sliced": 3, "slimmable": 3, "alone": 1, "residual": 3, "residual, base trained": 3, "scratch": 3, "blockwise": 3,
+        "blockwise, residual": 3
     }  # fmt: skip
-    names = {t.name for t in hyper.make_trainer(
-        recipe, recipe.arms[1], hyper.converted(recipe), tmp_path / "t", 0, QUIET["console"], 2
-    ).generator.targets}  # fmt: skip
-    assert names == {f"{block}.conv{i}.weight" for block in hyper.BLOCKS for i in (1, 2)}
+    made = {
+        arm.name: hyper.make_trainer(recipe, arm, hyper.converted(recipe), tmp_path / "t", 0, QUIET["console"], 2)
+        for arm in recipe.arms
+        if arm.name in ("residual", "residual, base trained", "scratch")
+    }
+    names = {name: {t.name for t in trainer.generator.targets} for name, trainer in made.items()}
+    assert names["residual"] == {f"{block}.conv{i}.weight" for block in hyper_arms.BLOCKS for i in (1, 2)}
+    assert names["scratch"] == names["residual"] | {"conv1.weight", "linear.weight", "linear.bias"}
+    trained = {name: {id(p) for p in t.generator.extras()} for name, t in made.items()}
+    assert len(trained["residual, base trained"]) == len(trained["residual"]) + 18
+    assert made["residual"].sampler.widths == [1.0, 0.75, 0.25]
+
+
+def test_whole_networks_are_trained_at_other_widths_than_are_measured(tmp_path, monkeypatch):
+    cifar_files(tmp_path, monkeypatch)
+    recipe = hyper.cifar_recipe("data", tmp_path / "weights.pt", amp="bf16")
+    assert not set(recipe.trained) & set(recipe.unseen)
+    assert set(recipe.unseen) < set(recipe.widths)
+    assert set(recipe.widths) < set(recipe.trained) | set(recipe.unseen)
+    for unseen in recipe.unseen:
+        at = recipe.widths.index(unseen)
+        assert {recipe.widths[at - 1], recipe.widths[at + 1]} == {unseen - 1 / 32, unseen + 1 / 32}
+    assert recipe.notes == ["Trained and measured in mixed precision (bf16)."]
+
+
+def test_the_table_has_every_arm_that_ended(tmp_path, monkeypatch):
+    recipe = digit_recipe(2, ["slimmable", "residual, axis"])
+    monkeypatch.setattr(hyper.train.HypernetTrainer, "fit", lambda self, **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hyper.run(recipe, tmp_path, **QUIET)
+    with (tmp_path / "table.csv").open() as file:
+        assert [row["arm"] for row in csv.DictReader(file)] == ["sliced"] * 5 + ["slimmable"] * 5
+
+
+def test_verdicts_name_the_distance_to_the_better_neighbour():
+    rows = [
+        {"arm": "residual", "width": w, "trained": "no" if w == "0.75" else "yes", "accuracy": a}
+        for w, a in (("1", "0.9"), ("0.75", "0.8"), ("0.5", "0.78"))
+    ]
+    assert hyper_results.verdicts(rows) == [
+        "residual: mean 82.7, lowest 78.0, unseen widths at most 10.0 points below a neighbour, 4.0 below the mean of both"
+    ]
 
 
 def test_every_arm_of_the_last_block_runs(tmp_path, monkeypatch):
@@ -140,6 +180,7 @@ def test_merged_runs(tmp_path):
     ]  # fmt: skip
     assert "| residual | 2 | 62.5 ± 17.7 |" in recipe_tables.hyper_markdown(rows)
     assert "| alone | 1 | 50.0 |" in recipe_tables.hyper_markdown(rows)
+    assert recipe_tables.hyper_markdown(rows).endswith("\n```sh\ntrain\n```")
     hyper_results.plot(rows, tmp_path / "plot.svg", "title")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(ValueError, match="expected each arm once a seed, got 'residual' twice, seed 0"):

@@ -1,5 +1,6 @@
 """The trainer of weight generators: modes, losses, unseen widths, exact resume."""
 
+import contextlib
 import functools
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from slimkernels import elastic, hyper
-from slimkernels.train import CheckpointError, HypernetTrainer, WidthSampler
+from slimkernels.train import CheckpointError, HypernetTrainer, WidthSampler, fuse, hypernet
 from slimkernels.train.distill import kl
 
 WIDTHS = [1.0, 0.5, 0.25]
@@ -55,13 +56,16 @@ def trained():
     return net.eval()
 
 
-def generator(folded=True, net=None, **options):
+def generator(folded=True, net=None, train_base=False, **options):
     x = stripes(2).tensors[0]
     net = plain().eval() if net is None else net
     net = hyper.fold_batch_norm(net, x) if folded else net
     model = elastic.convert(net, x, divisor=1, norm="shared")
     torch.manual_seed(1)
-    return hyper.WeightGenerator(model, **{"hidden": 16, "layers": 3, **options})
+    gen = hyper.WeightGenerator(model, **{"hidden": 16, "layers": 3, **options})
+    if train_base:
+        gen.train_base()
+    return gen
 
 
 def trainer(gen, directory=None, **options):
@@ -85,6 +89,7 @@ def trainer(gen, directory=None, **options):
 
 MODES = {
     "residual": ({}, {"mode": "residual"}),
+    "trained base": ({"train_base": True}, {"mode": "residual"}),
     "neumeta": ({"base": None, "tensors": "3.*", "noise": "element"}, {"mode": "neumeta"}),
     "blockwise": ({"tensors": ["2", "3"], "blocks": ["2", "3"]}, {"mode": "blockwise", "steps_per_block": 5}),
     "fitted": ({"base": None, "tensors": "3.*"}, {"mode": "neumeta", "reconstruction_steps": 2}),
@@ -322,3 +327,25 @@ def test_reconstruction_steps_that_do_not_fit():
         trainer(generator(base=None, tensors="3.*"), mode="neumeta", reconstruction_steps=-1)
     with pytest.raises(ValueError, match=r"that has no base and no standardized weights, got 5"):
         trainer(generator(), reconstruction_steps=5)
+
+
+def test_a_step_runs_the_fused_forward(monkeypatch):
+    """With norms in the target: as slimmable training does, and with the same losses and gradients as without."""
+    found, ran = {}, []
+    for fused in (True, False):
+        gen = generator(folded=False, tensors="[23].conv1.weight", noise="none", train_base=True)
+        gen.train_extras("[23].bn.*")
+        t, _ = trainer(gen)
+        if fused:
+            run = fuse.run_conv_norm
+            monkeypatch.setattr(fuse, "run_conv_norm", lambda *a, run=run: ran.append(a) or run(*a))
+        else:
+            monkeypatch.setattr(hypernet, "fused_forward", lambda _: contextlib.nullcontext())
+        t.generator.train()
+        losses = t._passes(next(iter(DataLoader(stripes(), 16))), 1.0)
+        found[fused] = losses, [p.grad for p in gen.trained_parameters() if p.grad is not None]
+    assert len(ran) in (0, 2 * len(WIDTHS))
+    for w, loss in found[True][0].items():
+        torch.testing.assert_close(loss, found[False][0][w])
+    for ours, theirs in zip(found[True][1], found[False][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
