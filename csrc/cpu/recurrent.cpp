@@ -8,8 +8,8 @@
 
 namespace slimkernels {
 
-std::vector<Panel> panels_of(int64_t size, int64_t blocks) {
-  const int64_t part = size / blocks, units = (part + 15) / 16, count = (units + 3) / 4;
+std::vector<Panel> panels_of(int64_t size, int64_t blocks, int64_t most) {
+  const int64_t part = size / blocks, units = (part + 15) / 16, count = (units * 16 + most - 1) / most;
   std::vector<Panel> panels;
   for (int64_t b = 0; b < blocks; ++b) {
     for (int64_t p = 0; p < count; ++p) {

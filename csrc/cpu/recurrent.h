@@ -67,8 +67,8 @@ constexpr int64_t kDotRows = 24;
 // Fewer sequences: the recurrent part is bound by reading the weights, which packing does not make less.
 constexpr int64_t kDotBatch = 3;
 
-// Panels of at most 64, as equal as multiples of 16 allow; of `blocks` equal parts, none crosses from one to the next.
-std::vector<Panel> panels_of(int64_t size, int64_t blocks = 1);
+// Panels of at most `most`, as equal as multiples of 16 allow; of `blocks` equal parts, none crosses from one to the next.
+std::vector<Panel> panels_of(int64_t size, int64_t blocks = 1, int64_t most = 64);
 
 // Consecutive visits whose rows fill a tile of the matrix kernels.
 struct Chunk {

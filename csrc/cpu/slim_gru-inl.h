@@ -23,7 +23,7 @@ struct GruCell {
   }
 
   template <typename T, typename C>
-  static void forward(int64_t n, const Panel& p, const float* x, const float* s, const float* bias, const C* h,
+  static void forward(int64_t n, const Panel& p, float* x, float* s, const float* bias, const C* h,
                       C* h_next, int64_t ld, float*, int64_t, const StepOutputs<T>& out) {
     const int64_t width = p.padded;
     for (int64_t m = 0; m < n; ++m, x += 3 * width, s += 3 * width) {

@@ -21,35 +21,55 @@ struct LstmCell {
     }
   }
 
-  template <typename T, typename C>
-  static void forward(int64_t n, const Panel& p, const float*, const float* z, const float* bias, const C*, C* h_next,
-                      int64_t ld, float* c, int64_t ldc, const StepOutputs<T>& out) {
-    const int64_t width = p.padded;
-    for (int64_t m = 0; m < n; ++m, z += 4 * width) {
-      for (int64_t j = 0; j < width; j += kLanes) {
-        const auto sum = [&](int64_t g) { return load(z + g * width + j) * scale(g) + load(bias + g * width + j); };
-        // With i = 1 / i_below, f = 1 / f_below, o = 1 / o_below and g = g_above / (g_above + 2), products of two gates
-        // take one reciprocal.
-        const vf i_below = one_plus_exp2(sum(0)), f_below = one_plus_exp2(sum(1)), o_below = one_plus_exp2(sum(3));
-        const vf g_above = exp2_minus_one(sum(2)), g_below = g_above + 2.0f;
-        const vf f = reciprocal(f_below), ig = reciprocal(i_below * g_below);
-        const vf c_new = f * load(c + m * ldc + j) + g_above * ig;
-        const vf c_above = exp2_minus_one(c_new * kTanhScale), c_below = c_above + 2.0f;
-        const vf oc = reciprocal(o_below * c_below);
-        const vf h_new = c_above * oc;
-        const int64_t left = p.count - j;
-        store(c + m * ldc + j, c_new);
-        store(h_next + m * ld + j, rounded<T, C>(h_new));
-        if (out.y) store_some(out.y + m * out.ldy + j, h_new, left);
-        if (out.gates) {
-          T* gates = out.gates + m * 4 * out.hidden + j;
-          store_some(gates, g_below * ig, left);
-          store_some(gates + out.hidden, f, left);
-          store_some(gates + 2 * out.hidden, g_above * i_below * ig, left);
-          store_some(gates + 3 * out.hidden, c_below * oc, left);
-          store_some(out.cells + m * out.hidden + j, c_new, left);
-        }
+  // The arithmetic of kLanes units of one row, in parts that hold few registers each, so that other work can be put between
+  // them. z: the sums of the four gates, `step` from one to the next; the parts leave there what they give to each other. With
+  // i = 1 / i_below, f = 1 / f_below, o = 1 / o_below and g = g_above / (g_above + 2), products of two gates take one
+  // reciprocal.
+  static constexpr int kParts = 6;
+
+  template <int Part, typename T, typename C>
+  static inline __attribute__((always_inline)) void part(float* z, int64_t step, const float* bias, float* c, C* h_next,
+                                                         const StepOutputs<T>& out, int64_t left) {
+    const auto sum = [&](int64_t g) { return load(z + g * step) * scale(g) + load(bias + g * step); };
+    if constexpr (Part == 0) store(z, one_plus_exp2(sum(0)));
+    if constexpr (Part == 1) store(z + step, one_plus_exp2(sum(1)));
+    if constexpr (Part == 2) store(z + 2 * step, exp2_minus_one(sum(2)));
+    if constexpr (Part == 3) {
+      const vf i_below = load(z), g_above = load(z + 2 * step), g_below = g_above + 2.0f;
+      const vf f = reciprocal(load(z + step)), ig = reciprocal(i_below * g_below);
+      const vf c_new = f * load(c) + g_above * ig;
+      store(c, c_new);
+      if (out.gates) {
+        store_some(out.gates, g_below * ig, left);
+        store_some(out.gates + out.hidden, f, left);
+        store_some(out.gates + 2 * out.hidden, g_above * i_below * ig, left);
+        store_some(out.cells, c_new, left);
       }
+    }
+    if constexpr (Part == 4) store(z + 3 * step, one_plus_exp2(sum(3)));
+    if constexpr (Part == 5) {
+      const vf c_above = exp2_minus_one(load(c) * kTanhScale), c_below = c_above + 2.0f;
+      const vf oc = reciprocal(load(z + 3 * step) * c_below), h_new = c_above * oc;
+      store(h_next, rounded<T, C>(h_new));
+      if (out.y) store_some(out.y, h_new, left);
+      if (out.gates) store_some(out.gates + 3 * out.hidden, c_below * oc, left);
+    }
+  }
+
+  // Part by part for a row at a time: what depends on each other is far enough apart for the CPU to find enough to do.
+  template <typename T, typename C>
+  static void forward(int64_t n, const Panel& p, float*, float* z, const float* bias, const C*, C* h_next, int64_t ld,
+                      float* c, int64_t ldc, const StepOutputs<T>& out) {
+    const int64_t width = p.padded;
+    const auto run = [&]<int Part>(std::integral_constant<int, Part>, int64_t m) {
+      for (int64_t j = 0; j < width; j += kLanes) {
+        part<Part>(z + m * 4 * width + j, width, bias + j, c + m * ldc + j, h_next + m * ld + j, out.at(m, j), p.count - j);
+      }
+    };
+    for (int64_t m = 0; m < n; ++m) {
+      [&]<int... Part>(std::integer_sequence<int, Part...>) {
+        (run(std::integral_constant<int, Part>{}, m), ...);
+      }(std::make_integer_sequence<int, kParts>{});
     }
   }
 
