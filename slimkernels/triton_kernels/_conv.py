@@ -325,6 +325,8 @@ def launch_conv(
     vectors = not flat and aligned(src, weight, dst, residual, sizes=(c, n))
     most_n = 64 if src.element_size() == 4 else 128  # with the addresses of taps, larger float32 tiles would spill
     blocks = pick_blocks(m, n, c * kh * kw if flat else c, src.element_size(), precision, vectors, most_n)
+    if src.element_size() == 4:  # as would larger parts of a tile a thread, and products that have two stages only
+        blocks = blocks._replace(warps=8 if blocks.m * blocks.n > 64 * 64 else blocks.warps, stages=3)
     grid = (ceil_div(m, blocks.m) * ceil_div(n, blocks.n), groups, stride_h * stride_w if transposed else 1)
     with on_device(src):
         (_slim_conv_kernel if vectors else _ragged_conv)[grid](
