@@ -59,7 +59,7 @@ test: $(VENV)/test.stamp lint
 
 # Kernels are either compiled or interpreted in one process, and two of these run at once.
 test-gpu-emulated: $(VENV)/test.stamp
-	$(MAKE) --no-print-directory -j2 $(EMULATED)
+	$(MAKE) --no-print-directory --keep-going -j2 $(EMULATED)
 
 $(EMULATED): export SLIMKERNELS_EMULATE_ALL = 1
 emulate-ahead-of-time:

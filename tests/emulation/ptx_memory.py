@@ -15,7 +15,7 @@ POISON = 0xFF  # bytes that are a NaN in every floating-point type
 
 def sectors_of(warps: np.ndarray, addresses: np.ndarray) -> int:
     """Bytes that one instruction moves: a sector once a warp, however many of its lanes touch it."""
-    return SECTOR * np.unique(np.stack([warps, addresses // SECTOR]), axis=1).shape[1]
+    return SECTOR * np.unique((warps << 48) + addresses // SECTOR).size
 
 
 class DeviceMemory:
@@ -62,19 +62,23 @@ class HostMemory(DeviceMemory):
 
     def __init__(self):
         super().__init__()
-        self.windows: list[tuple[int, int, int]] = []  # address in this process, bytes, address on the device
+        self.windows = np.zeros((0, 3), np.int64)  # address in this process, bytes, address on the device; ascending
 
     def add(self, array: np.ndarray, allowed: np.ndarray | None = None) -> int:
         host = array.ctypes.data
-        self.windows.append((host, array.nbytes, super().add(array, allowed)))
+        found = np.vstack([self.windows, [host, array.nbytes, super().add(array, allowed)]])
+        self.windows = found[np.argsort(found[:, 0])]
         return host
 
     def at(self, addresses: np.ndarray, size: int, what: str) -> np.ndarray:
-        translated = np.zeros_like(addresses)  # of what lies in no window
-        for host, length, device in self.windows:
-            inside = (addresses >= host) & (addresses < host + length)
-            translated[inside] = addresses[inside] - host + device
-        return super().at(translated, size, what)
+        if not len(self.windows):
+            raise PTXError(f"global {what} out of bounds")
+        host, length, device = self.windows[
+            np.maximum(np.searchsorted(self.windows[:, 0], addresses, "right") - 1, 0)
+        ].T
+        within = addresses - host
+        inside = (within >= 0) & (within < length)
+        return super().at(np.where(inside, within + device, 0), size, what)
 
 
 def place(tensors: Sequence[Tensor], memory: DeviceMemory) -> dict[int, int]:

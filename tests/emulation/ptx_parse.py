@@ -1,5 +1,6 @@
 """PTX text to a list of instructions: what ``ptx_sim`` executes."""
 
+import functools
 import re
 import struct
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ TYPES: dict[str, type[np.generic]] = {
     "s64": np.int64,
     "f64": np.float64,
 }
+
+DTYPES = {kind: np.dtype(numbers) for kind, numbers in TYPES.items()}
 
 
 class PTXError(Exception):
@@ -157,9 +160,10 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def vector(operand: str) -> list[str]:
+@functools.cache
+def vector(operand: str) -> tuple[str, ...]:
     """The elements of ``{%r1, %r2}``; one of a plain operand."""
-    return [part.strip() for part in operand.strip("{} ").split(",")]
+    return tuple(part.strip() for part in operand.strip("{} ").split(","))
 
 
 def immediate(text: str, kind: str) -> np.generic | None:

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulation import ptx_arith, ptx_matrix, ptx_warp
-from tests.emulation.ptx_memory import POISON, AsyncCopies, DeviceMemory, SharedMemory, sectors_of
-from tests.emulation.ptx_parse import TYPES, Instruction, Kernel, PTXError, immediate, parse, vector
+from tests.emulation import ptx_access, ptx_arith, ptx_matrix, ptx_warp
+from tests.emulation.ptx_memory import POISON, AsyncCopies, DeviceMemory, SharedMemory
+from tests.emulation.ptx_parse import DTYPES, TYPES, Instruction, Kernel, PTXError, immediate, parse
 
 ORDERS = ("together", "ahead", "behind")
-SPACES = ("shared", "local", "global", "const")
+TURNS = ("bra", "ret", "exit", "bar", "barrier")  # after which it may be other threads' turn
 NOTHING = ("membar", "fence", "nanosleep", "griddepcontrol", "discard", "prefetch", "createpolicy", "setmaxnreg")
 
 
@@ -71,6 +71,7 @@ class Machine:
     def run_block(self, block: tuple[int, int, int]) -> None:
         self.at = block
         self.registers: dict[str, np.ndarray] = {}
+        self.fixed: dict[tuple[str, str], np.ndarray] = {}  # operands that no instruction writes, by type
         self.shared = SharedMemory(self.shared_bytes)
         self.local = np.full((self.threads, self.kernel.local_bytes), POISON, np.uint8)
         warps = -(-self.threads // 32)
@@ -84,19 +85,11 @@ class Machine:
         while not self.done.all():
             runnable = ~(self.done | self.waiting | self.gathering)
             if runnable.any():
-                self.step(self._turn(runnable))
+                self._take_turn(runnable)
             elif self.gathering.any():
                 raise PTXError("a part of the threads that an instruction takes together never reaches it")
             else:
                 self._open_barrier()
-
-    def _turn(self, runnable: np.ndarray) -> np.ndarray:
-        """The threads that take the next step: of those whose turn it is, the ones furthest behind."""
-        if self.order != "together":
-            candidates = np.flatnonzero(runnable)
-            warp = candidates[0 if self.order == "ahead" else -1] // 32
-            runnable = runnable & (self.thread // 32 == warp)
-        return runnable & (self.counter == self.counter[runnable].min())
 
     def _open_barrier(self) -> None:
         places = np.unique(self.counter[self.waiting])
@@ -104,25 +97,43 @@ class Machine:
             raise PTXError("threads of one block wait at different barriers")
         self.waiting[:] = False
 
-    def step(self, mask: np.ndarray) -> None:
-        self.steps += 1
-        at = int(self.counter[mask][0])
-        if at >= len(self.kernel.program):
+    def _take_turn(self, runnable: np.ndarray) -> None:
+        """Steps of the threads whose turn it is, of those the ones furthest behind, until the turn may be others'."""
+        if self.order != "together":
+            candidates = np.flatnonzero(runnable)
+            warp = candidates[0 if self.order == "ahead" else -1] // 32
+            runnable = runnable & (self.thread // 32 == warp)
+        counters = self.counter[runnable]
+        at = int(counters.min())
+        others = counters[counters > at]
+        until = int(others.min()) if others.size else len(self.kernel.program)
+        mask = runnable & (self.counter == at)
+        lanes = np.flatnonzero(mask)
+        straight = True
+        while straight and at < until:
+            i = self.kernel.program[at]
+            size = _gathers(i)
+            straight = not size and i.name not in TURNS
+            at += 1
+            self.steps += 1
+            if not straight or at == until:
+                self.counter[mask] = at
+            self._step(i, mask, lanes, size)
+        if straight and at == len(self.kernel.program):
             self.done |= mask
-            return
-        i = self.kernel.program[at]
+
+    def _step(self, i: Instruction, mask: np.ndarray, lanes: np.ndarray, size: int) -> None:
+        """One instruction, which waits for ``size`` threads, of the threads in ``mask``, whose numbers are ``lanes``."""
+        self.mask, self.index = mask, lanes
         if i.guard is not None:
-            active = mask & (self.read(i.guard, "pred") ^ i.negated)
-        else:
-            active = mask
-        self.mask, self.index = active, np.flatnonzero(active)
-        self.counter[mask] = at + 1
+            self.mask = mask & (self.read(i.guard, "pred") ^ i.negated)
+            self.index = np.flatnonzero(self.mask)
         if i.name == "bra":
-            self.counter[active] = self.kernel.labels[i.operands[0]]
+            self.counter[self.index] = self.kernel.labels[i.operands[0]]
         elif i.name in ("ret", "exit"):
-            self.done |= active
+            self.done |= self.mask
         elif len(self.index):
-            if (size := _gathers(i)) and not self._gathered(at, size):
+            if size and not self._gathered(int(self.counter[self.index[0]]), size):
                 return
             handler = HANDLERS.get(i.name)
             try:
@@ -134,8 +145,8 @@ class Machine:
                 raise PTXError(message) from error
 
     def _gathered(self, at: int, size: int) -> bool:
-        """Leaves active the groups of ``size`` threads that have all come to the instruction ``at``; the others wait."""
-        here = self.mask | (self.gathering & (self.counter == at + 1))
+        """Leaves active the groups of ``size`` threads that have all come to ``at``, past it; the others wait."""
+        here = self.mask | (self.gathering & (self.counter == at))
         group = self.thread // size
         ready = here & (np.bincount(group, ~here) == 0)[group]
         self.gathering = (self.gathering | self.mask) & ~ready
@@ -146,18 +157,25 @@ class Machine:
 
     def read(self, operand: str, kind: str) -> np.ndarray:
         """The operand in every thread, as the PTX type ``kind``."""
-        dtype = np.dtype(TYPES[kind])
-        if operand in self.registers:
-            return _as(self.registers[operand], dtype)
+        dtype = DTYPES[kind]
+        if (register := self.registers.get(operand)) is not None:
+            return _as(register, dtype)
         if operand in self.kernel.registers:  # read before it was written
             return np.zeros(self.threads, dtype)
         if operand.startswith("!"):
             return ~self.read(operand[1:], kind)
+        values = self.fixed.get((operand, kind))
+        if values is None:
+            self.fixed[operand, kind] = values = self._fixed(operand, kind).astype(dtype)
+            values.setflags(write=False)
+        return values
+
+    def _fixed(self, operand: str, kind: str) -> np.ndarray:
         if (number := immediate(operand, kind)) is not None:
             return np.full(self.threads, number)
         if operand in self.symbols:
-            return np.full(self.threads, self.symbols[operand]).astype(dtype)
-        return self._special(operand).astype(dtype)
+            return np.full(self.threads, self.symbols[operand])
+        return self._special(operand)
 
     def _special(self, operand: str) -> np.ndarray:
         name, _, axis = operand.removeprefix("%").partition(".")
@@ -184,7 +202,7 @@ class Machine:
     def write_lanes(self, target: str, lanes: np.ndarray | slice, values: np.ndarray) -> None:
         if target == "_":
             return
-        dtype = np.dtype(TYPES[self.kernel.registers[target]])
+        dtype = DTYPES[self.kernel.registers[target]]
         register = self.registers.get(target)
         if register is None:
             self.registers[target] = register = np.zeros(self.threads, dtype)
@@ -221,127 +239,6 @@ def _as(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return values.view(dtype)
 
 
-# Instructions that move data or hold threads together
-
-
-def _load_parameter(m: Machine, i: Instruction) -> None:
-    name, _, offset = i.operands[1].strip("[] ").partition("+")
-    if name in m.kernel.registers:
-        return _load_of_structure(m, i)
-    value, at = m.parameters[name], int(offset or 0)
-    for k, target in enumerate(vector(i.operands[0])):
-        dtype = np.dtype(TYPES[i.type])
-        if isinstance(value, bytes):
-            number = np.frombuffer(value, dtype, 1, at + k * dtype.itemsize)[0]
-        else:
-            number = np.asarray(value).astype(f"u{np.asarray(value).dtype.itemsize}").astype(f"u{dtype.itemsize}")
-        m.write(target, np.full(m.threads, number).view(dtype))
-
-
-def _load_of_structure(m: Machine, i: Instruction) -> None:
-    names, dtype = vector(i.operands[0]), np.dtype(TYPES[i.type])
-    addresses = m.address(i.operands[1])
-    size = dtype.itemsize * len(names)
-    if (addresses % size).any() or (addresses < 0).any() or (addresses + size > len(m.structures)).any():
-        raise PTXError("a parameter read out of bounds or misaligned")
-    for k, name in enumerate(names):
-        at = addresses[:, None] + k * dtype.itemsize + np.arange(dtype.itemsize)
-        m.write(name, m.spread(m.structures[at].view(dtype)[:, 0]))
-
-
-def _load_store(m: Machine, i: Instruction) -> None:
-    if i.name != "st" and i.mods[0] == "param":
-        return _load_parameter(m, i)
-    space = i.first(*SPACES) or "global"
-    where, what = (i.operands[0], i.operands[1]) if i.name == "st" else (i.operands[1], i.operands[0])
-    names, dtype = vector(what), np.dtype(TYPES[i.type])
-    addresses = m.address(where)
-    if (addresses % (dtype.itemsize * len(names))).any():
-        raise PTXError(f"misaligned {space} access of {dtype.itemsize * len(names)} bytes")
-    if space == "global":
-        m.moved += sectors_of(m.index // 32, addresses)
-    for k, name in enumerate(names):
-        at = addresses + k * dtype.itemsize
-        if i.name == "st":
-            _store(m, space, at, m.read(name, i.type)[m.index])
-        else:
-            m.write(name, m.spread(_load(m, space, at, dtype)))
-
-
-def _load(m: Machine, space: str, addresses: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if space == "local":
-        found = m.local[m.index[:, None], addresses[:, None] + np.arange(dtype.itemsize)]
-    else:
-        memory = m.shared if space == "shared" else m.memory
-        found = memory.bytes[memory.at(addresses, dtype.itemsize, "read")]
-    return found.view(dtype)[:, 0]
-
-
-def _store(m: Machine, space: str, addresses: np.ndarray, values: np.ndarray) -> None:
-    size = values.dtype.itemsize
-    content = np.ascontiguousarray(values).view(np.uint8).reshape(-1, size)
-    if space == "local":
-        m.local[m.index[:, None], addresses[:, None] + np.arange(size)] = content
-    else:
-        memory = m.shared if space == "shared" else m.memory
-        memory.bytes[memory.at(addresses, size, "write")] = content
-
-
-def _async_copy(m: Machine, i: Instruction) -> None:
-    warps = np.unique(m.index // 32)
-    if "commit_group" in i.mods:
-        return m.copies.commit(warps)
-    if "wait_group" in i.mods:
-        return m.copies.wait(warps, int(i.operands[0]))
-    if "wait_all" in i.mods:
-        m.copies.commit(warps)
-        return m.copies.wait(warps, 0)
-    if "bulk" in i.mods or "mbarrier" in i.mods:
-        raise PTXError("unknown instruction")
-    size = int(i.operands[2], 0)
-    target, source = m.address(i.operands[0]), m.address(i.operands[1])
-    given = m.read(i.operands[3], "u32")[m.index] if len(i.operands) > 3 else np.full(len(target), size)
-    index = m.shared.at(target, size, "cp.async")
-    values = np.zeros((len(target), size), np.uint8)
-    for count in np.unique(given[given > 0]):  # fewer bytes than the copy's size: the rest is zero
-        some = given == count
-        if (source[some] % size).any():
-            raise PTXError("misaligned cp.async")
-        bytes_at = m.memory.at(source[some], 1, "cp.async") + np.arange(count)
-        if not m.memory.allowed[bytes_at].all():
-            raise PTXError("global cp.async out of bounds")
-        values[some, :count] = m.memory.bytes[bytes_at]
-    m.moved += sectors_of(m.index[given > 0] // 32, source[given > 0])
-    m.copies.issue(m.index // 32, index, values)
-
-
-ATOMICS: dict[str, Callable] = {
-    "add": lambda old, value, _: old + value,
-    "max": lambda old, value, _: max(old, value),
-    "min": lambda old, value, _: min(old, value),
-    "exch": lambda _old, value, _: value,
-    "and": lambda old, value, _: old & value,
-    "or": lambda old, value, _: old | value,
-    "xor": lambda old, value, _: old ^ value,
-    "cas": lambda old, compare, value: value if old == compare else old,
-}
-
-
-def _atomic(m: Machine, i: Instruction) -> None:
-    space = "shared" if "shared" in i.mods else "global"
-    first = 1 if i.name == "atom" else 0
-    addresses, dtype = m.address(i.operands[first]), np.dtype(TYPES[i.type])
-    values = [m.read(o, i.type)[m.index] for o in i.operands[first + 1 :]]
-    function = ATOMICS[i.first(*ATOMICS) or ""]
-    before = np.zeros(len(addresses), dtype)
-    for k in range(len(addresses)):
-        before[k] = _load(m, space, addresses[k : k + 1], dtype)[0]
-        after = function(before[k], values[0][k], values[1][k] if len(values) > 1 else None)
-        _store(m, space, addresses[k : k + 1], np.array([after]).astype(dtype))
-    if i.name == "atom":
-        m.write(i.operands[0], m.spread(before))
-
-
 def _barrier(m: Machine, i: Instruction) -> None:
     if "warp" in i.mods:
         return
@@ -354,9 +251,7 @@ HANDLERS: dict[str, Callable[[Machine, Instruction], None]] = {
     **ptx_arith.HANDLERS,
     **ptx_matrix.HANDLERS,
     **ptx_warp.HANDLERS,
-    **dict.fromkeys(("ld", "st", "ldu"), _load_store),
-    "cp": _async_copy,
-    **dict.fromkeys(("atom", "red"), _atomic),
+    **ptx_access.HANDLERS,
     **dict.fromkeys(("bar", "barrier"), _barrier),
     **dict.fromkeys(NOTHING, lambda m, i: None),
 }

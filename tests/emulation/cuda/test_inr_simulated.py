@@ -24,8 +24,8 @@ def needs_nvcc():
     skip_without_nvcc()
 
 
-def run(operand, order, backward, hidden=33, edit=None, **more):
-    kernels = Simulated(inr.STEMS_OF[OPERANDS[operand]], order, edit)
+def run(operand, turns, backward, hidden=33, edit=None, **more):
+    kernels = Simulated(inr.STEMS_OF[OPERANDS[operand]], turns, edit)
     options = {"tensors": TENSORS[:2]} | more
     (check_backward if backward else check)(kernels, hidden, 1, OPERANDS[operand], smooth_for(operand), **options)
     size = inr.packing.padded_hidden(hidden, 9)
