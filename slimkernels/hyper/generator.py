@@ -45,7 +45,8 @@ class WeightGenerator(nn.Module):
             trained. None: absolute with base "residual" and networks per tensor, else relative.
         skip: the residual scalars of its layers at the start; published: 0.1, with which it learns several times slower.
         standardized: without base, give every output channel of a matrix mean 0 and the variance that keeps that of the
-            activations, at every width: training from scratch needs it where no batch norm follows.
+            activations, at every width: training from scratch needs it where no batch norm follows. "centered" takes
+            out what all output channels have in common as well: networks start smooth, and kernels nearly equal.
         mlp: a network for each tensor ("per_tensor") or one for all ("shared").
         noise: "axis" or "element" shifts coordinates at random in training mode, and for the mean over samples; "none".
         compat: "neumeta" or "htty": order of the encoding's columns and limit of the noise, for published weights
@@ -70,7 +71,7 @@ class WeightGenerator(nn.Module):
         size_bands: int | None = 1,
         positions: str | None = None,
         skip: float = 1.0,
-        standardized: bool = False,
+        standardized: bool | str = False,
         activation: str = "relu",
         base: str | None = "residual",
         mlp: str = "per_tensor",
@@ -101,6 +102,7 @@ class WeightGenerator(nn.Module):
             raise ValueError(f"WeightGenerator: expected size_bands to be an integer or None, got {size_bands!r}")
         if norm is not None and not norm > 0:
             raise ValueError(f"WeightGenerator: expected norm to be positive or None, got {norm!r}")
+        _check("standardized", standardized, (False, True, "centered"))
         if standardized and base is not None:
             raise ValueError(f"WeightGenerator: expected standardized weights without base only, got base={base!r}")
         if positions == "absolute" and mlp == "shared":

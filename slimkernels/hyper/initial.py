@@ -58,7 +58,7 @@ def reconstruct(
 
 
 @torch.no_grad()
-def match_outputs(generator: WeightGenerator, inputs: Any) -> dict[str, float]:
+def match_outputs(generator: WeightGenerator, inputs: Any, last: float | None = None) -> dict[str, float]:
     """Scale generated weights so that every layer's output varies over a batch as much as the target's own, layer after
     layer at full width.
 
@@ -67,6 +67,8 @@ def match_outputs(generator: WeightGenerator, inputs: Any) -> dict[str, float]:
 
     Args:
         inputs: a batch of real inputs.
+        last: how much the output of the last layer that ran varies instead: little (0.25), so that a network trained from
+            scratch is not sure of wrong answers at the start. None: as the target's.
 
     Returns: the factor of each layer.
     Raises: ValueError when the generator has a base, whose weights need no scaling.
@@ -95,6 +97,8 @@ def match_outputs(generator: WeightGenerator, inputs: Any) -> dict[str, float]:
         return (output - bias) * factor + bias
 
     _run(generator.target, inputs, scales, note)
+    if last is not None:
+        wanted[list(wanted)[-1]] = last
     _run(generator.materialize(1.0), inputs, scales, correct)
     return factors
 

@@ -26,7 +26,7 @@ class InrNetworks(nn.Module):
         skip: the residual scalars at the start.
         zero: start with an output of zero.
         standardized: every output channel of a matrix has mean 0 and the variance 2 / inputs, times a learned number a
-            tensor, at every width.
+            tensor, at every width; "centered": what the output channels have in common is taken out before.
         absolute: a channel has the same position at every width, and only the coordinates of the active sizes change: the
             weights are those of the full-width positions, cut to the active channels.
     """
@@ -48,7 +48,7 @@ class InrNetworks(nn.Module):
         zero: bool,
         size_bands: int | None,
         skip: float,
-        standardized: bool,
+        standardized: bool | str,
         absolute: bool,
     ) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ class InrNetworks(nn.Module):
         self.b_out = nn.Parameter(_uniform(hidden, count, outputs) * (0 if zero else 1))
         self.scale = nn.Parameter(torch.ones(len(targets)))
         self.gain = nn.Parameter(torch.ones(len(targets))) if standardized else None
+        self.centered = standardized == "centered"
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +112,10 @@ class InrNetworks(nn.Module):
         for i, (target, w, dtype) in enumerate(zip(self.targets, generated, dtypes, strict=True)):
             w = target.taken(w.reshape(target.shape), units) if i in cut else w.reshape(target.shape_at(units))
             if self.gain is not None and target.layout != "bias":
-                w = _standardized(w, 1 if target.layout == "iohw" else 0) * self.gain[i]
+                channel = 1 if target.layout == "iohw" else 0
+                if self.centered and w.shape[channel] > 1:
+                    w = w - w.mean(channel, keepdim=True)
+                w = _standardized(w, channel) * self.gain[i]
             weights[target.name] = w.to(dtype)
         return weights
 

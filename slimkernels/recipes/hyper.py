@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from slimkernels import elastic, hyper, train
 from slimkernels._copy import deep_copy
+from slimkernels.elastic.transform import batch_norms
 from slimkernels.models import CifarResNet, DigitCNN
 from slimkernels.recipes import results
 from slimkernels.recipes.cifar import RESIDUAL, limited
@@ -295,12 +296,16 @@ def make_trainer(
         model = deep_copy(model)
         hyper.smooth_permutation(model)
     generator = hyper.WeightGenerator(model, base=arm.base, noise=arm.noise, blocks=arm.blocks, **settings)
-    if settings.get("standardized"):
-        hyper.match_outputs(generator, prepared(recipe.data.train_x[:64]))
+    if settings.get("standardized"):  # nothing of the trained network is left
+        for norm in batch_norms(generator.target).values():
+            norm.reset_parameters()
+        last = None if settings["standardized"] is True else 0.25
+        hyper.match_outputs(generator, prepared(recipe.data.train_x[:64]), last)
     groups = [{"params": list(generator.networks.parameters()), "lr": arm.lr}]
     extras = recipe.extras if arm.extras is None else arm.extras
     if extras:
-        groups.append({"params": generator.train_extras(list(extras)), "lr": recipe.extras_lr})
+        lr = recipe.extras_lr if arm.extras_lr is None else arm.extras_lr
+        groups.append({"params": generator.train_extras(list(extras)), "lr": lr})
     if arm.base_lr:
         groups.append({"params": generator.train_base(), "lr": arm.base_lr})
     optimizer = torch.optim.AdamW(groups, lr=arm.lr, weight_decay=0.0)

@@ -19,6 +19,7 @@ class Arm:
     alone: bool = False
     smooth: bool = False  # channels put into a smooth order first, as published; else the largest come first
     extras: Sequence[str] | None = None  # None: the recipe's
+    extras_lr: float | None = None
     base_lr: float = 0.0  # of the weights that residuals are added to; 0: they stay
     generator: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -50,9 +51,25 @@ CIFAR_ARMS = (
     Arm("slimmable", lr=3e-3),
     Arm("residual", "residual", base="residual", lr=1.5e-2),
     Arm("residual, base trained", "residual", base="residual", lr=5e-3, base_lr=3e-3),
-    Arm("scratch", "neumeta", lr=1e-2, generator={**STANDARDIZED, "tensors": "*"}, extras=("*bn?.*",), trainer=SCRATCH),
+    Arm(
+        "scratch",
+        "neumeta",
+        lr=3e-3,
+        generator={"standardized": "centered", "tensors": "*"},
+        extras=("*bn?.*",),
+        extras_lr=1e-2,
+        trainer=SCRATCH,
+    ),
     Arm("blockwise", "blockwise", blocks=BLOCKS, lr=3e-3, generator={**FIXED, "hidden": 128}, trainer=BLOCKS_FITTED),
-    Arm("blockwise, residual", "blockwise", blocks=BLOCKS, base="residual", lr=1.5e-2, trainer=ALL_BLOCKS),
+    Arm(
+        "blockwise, base trained",
+        "blockwise",
+        blocks=BLOCKS,
+        base="residual",
+        lr=5e-3,
+        base_lr=3e-3,
+        trainer=ALL_BLOCKS,
+    ),
     Arm("alone", lr=3e-3, alone=True),
 )
 BLOCK_ARMS = (

@@ -52,6 +52,14 @@ def test_standardized_channels_keep_the_variance(width):
     assert gen.networks[0].gain.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("width", [1.0, 0.5])
+def test_centered_channels_are_not_nearly_equal(width):
+    kernels = {kind: block(standardized=kind)[0](width)["2.weight"].flatten(1) for kind in (True, "centered")}
+    torch.testing.assert_close(kernels["centered"].mean(1), torch.zeros(len(kernels[True])), rtol=0, atol=1e-6)
+    alike = {kind: torch.corrcoef(w).triu(1).abs().sum().item() for kind, w in kernels.items()}
+    assert alike["centered"] < 0.7 * alike[True]
+
+
 def test_standardized_transposed_convolution():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3))
@@ -81,6 +89,8 @@ def test_errors():
         hyper.reconstruct(block(standardized=True)[0])
     with pytest.raises(ValueError, match="expected standardized weights without base only, got base='residual'"):
         block(base="residual", standardized=True)
+    with pytest.raises(ValueError, match="expected standardized to be one of False, True, 'centered', got 'rows'"):
+        block(standardized="rows")
     with pytest.raises(ValueError, match="expected size_bands to be an integer or None, got -1"):
         block(size_bands=-1)
 
@@ -94,3 +104,13 @@ def test_match_outputs_gives_layers_the_variation_of_the_targets(standardized):
     for depth in (1, 3, 6):  # after each layer
         a, b = (net[:depth](x).std(0).mean() for net in (gen.materialize(), elastic.extract(gen.target, 1.0)))
         torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_match_outputs_makes_the_networks_own_output_small():
+    gen, _ = block(standardized="centered")
+    x = torch.randn(32, 3, 6, 6)
+    hyper.match_outputs(gen.eval(), x, last=0.25)
+    torch.testing.assert_close(float(gen.materialize()(x).std(0).mean()), 0.25, rtol=1e-3, atol=0)
+    a, b = (net[:3](x).std(0).mean() for net in (gen.materialize(), elastic.extract(gen.target, 1.0)))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=0)

@@ -64,6 +64,9 @@ def cifar_files(tmp_path, monkeypatch):
     y = torch.arange(40) % 10
     monkeypatch.setattr(hyper, "cifar10", lambda *_: Split(x[:24], y[:24], x[24:], y[24:], "made-up images"))
     network = CifarResNet(20)
+    for m in network.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(m.weight, 0.5, 1.5)
     torch.save(network.state_dict(), tmp_path / "weights.pt")
     return network.eval(), x
 
@@ -88,7 +91,7 @@ def test_every_cifar_arm_runs(tmp_path, monkeypatch):
     arms = [row["arm"] for row in rows]
     assert {arm: arms.count(arm) for arm in arms} == {
         "sliced": 3, "slimmable": 3, "alone": 1, "residual": 3, "residual, base trained": 3, "scratch": 3, "blockwise": 3,
-        "blockwise, residual": 3
+        "blockwise, base trained": 3
     }  # fmt: skip
     made = {
         arm.name: hyper.make_trainer(recipe, arm, hyper.converted(recipe), tmp_path / "t", 0, QUIET["console"], 2)
@@ -101,6 +104,8 @@ def test_every_cifar_arm_runs(tmp_path, monkeypatch):
     trained = {name: {id(p) for p in t.generator.extras()} for name, t in made.items()}
     assert len(trained["residual, base trained"]) == len(trained["residual"]) + 18
     assert made["residual"].sampler.widths == [1.0, 0.75, 0.25]
+    norms = [m for name in ("residual", "scratch") for m in made[name].generator.target.modules() if hasattr(m, "eps")]
+    assert [bool((m.weight == 1).all()) for m in norms] == [False] * 19 + [True] * 19
 
 
 def test_whole_networks_are_trained_at_other_widths_than_are_measured(tmp_path, monkeypatch):
