@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as gpu_run
-from benchmarks.gpu import checks, report
+from benchmarks.gpu import checks, report, timings
 from benchmarks.gpu.progress import Progress
-from benchmarks.gpu.runner import GRACE_S, ROOT, Job, Runner
+from benchmarks.gpu.runner import GRACE_S, ROOT, Job, Result, Runner
 
 TESTS_OF_ALL_KINDS = """
 import os, signal, time
@@ -142,9 +143,63 @@ def test_jobs_for_a_gpu_name_files_that_are_there(tmp_path):
 
 
 def test_the_times_of_the_steps_fit_the_whole():
-    assert sum(gpu_run.FIRST.values()) + gpu_run.TOGETHER_S <= 60 * 9 - gpu_run.KEPT_S + 30
-    assert sum(gpu_run.TIMED.values()) >= gpu_run.KEPT_S
-    assert {name.split()[0] for name in gpu_run.TIMED} == {"training", "generation", "network", "op"}
+    assert sum(gpu_run.FIRST.values()) + gpu_run.TOGETHER_S <= 60 * gpu_run.MINUTES - gpu_run.KEPT_S + 30
+    assert sum(gpu_run.TIMED.values()) + sum(gpu_run.LAST.values()) <= gpu_run.KEPT_S
+    assert {name.split()[0] for name in gpu_run.TIMED} == {"training", "generation", "network"}
+
+
+def finished_run(out, monkeypatch, **options):
+    """The steps that a run starts, in their order; each tells what ``ends`` says of it."""
+    started, ends = [], options.pop("ends", {})
+
+    def play(self, jobs, at_once=1, until=None, finished=None):
+        for job in jobs:
+            started.append(job)
+            finished(Result(job.name, *ends.get(job.name, ("ok", 1.0, "done")), []))
+
+    monkeypatch.setattr(Runner, "run", play)
+    monkeypatch.setattr(checks.shutil, "which", lambda *args, **kwargs: None)
+    settings = {"minutes": 9.0, "only": None, "resume": False, "dry": False} | options
+    gpu_run.main(gpu_run.Options(out, **settings))
+    return started
+
+
+def test_a_run_that_is_resumed_does_what_was_left_undone_and_no_more(tmp_path, monkeypatch):
+    late = {"ops": ("cut", 85.0, "cut: no time"), "network vit_small": ("left out", 0.0, "no time left")}
+    late["ops (warm 2 of 4)"] = ("cut", 200.0, "cut: no time")
+    first = finished_run(tmp_path, monkeypatch, ends=late)
+    names = [job.name for job in first]
+    assert names[0] == "build"
+    assert names[-1] == "ops"
+    assert {"training (warm)", "recompiles", "tests slim_conv 1 of 8", *late} <= set(names)
+    Progress(tmp_path / "items" / "ops.jsonl").done("a case", "ok")
+    (tmp_path / "ops.csv").write_text("provider,over_ours,back_to_back_over_ours,roofline\nplain,1.6,1.6,\n")
+    second = finished_run(tmp_path, monkeypatch, resume=True, minutes=45.0)
+    assert [job.name for job in second] == ["build", *(name for name in names if name in late)]
+    assert (tmp_path / "ops.csv").exists()
+    assert "a case" in Progress(tmp_path / "items" / "ops.jsonl").items()
+    with (tmp_path / "steps.csv").open(newline="") as file:
+        steps = list(csv.DictReader(file))
+    assert len(steps) == len(first) + 1  # the sanitizer is not installed
+    assert {row["status"] for row in steps} == {"ok"}
+    assert [job.name for job in finished_run(tmp_path, monkeypatch, resume=True)] == ["build"]
+    assert len(finished_run(tmp_path, monkeypatch)) == len(first)
+    assert not (tmp_path / "ops.csv").exists()
+
+
+def test_results_of_other_sources_are_not_gone_on_with(tmp_path, monkeypatch):
+    finished_run(tmp_path, monkeypatch, only=["build"])
+    monkeypatch.setattr(gpu_run, "identity", lambda dry: {"sources": "others"})
+    with pytest.raises(SystemExit, match="expected --resume in a folder of the same sources, others, got"):
+        finished_run(tmp_path, monkeypatch, only=["build"], resume=True)
+
+
+def test_a_longer_run_gives_each_step_longer(tmp_path, monkeypatch):
+    seconds = {m: {j.name: j.seconds for j in finished_run(tmp_path, monkeypatch, minutes=m)} for m in (9.0, 45.0)}
+    assert seconds[45.0]["training"] == 5 * seconds[9.0]["training"]
+    assert seconds[9.0]["ops"] >= 85
+    assert seconds[45.0]["ops"] > 30 * 60
+    assert seconds[45.0]["tests slim_conv 1 of 8"] > 4 * seconds[9.0]["tests slim_conv 1 of 8"]
 
 
 def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path):
@@ -155,11 +210,14 @@ def test_make_gpu_runs_to_its_end_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "steps.csv").open(newline="") as file:
         steps = {row["step"]: row["status"] for row in csv.DictReader(file)}
-    assert len(steps) >= 18
+    assert set(steps) == {"build", "ceilings", "sanitizer", "recompiles", "tests", *list(gpu_run.TIMED)[:3], "ops"}
     assert set(steps.values()) == {"ok"}
     for name in ("ops", "networks", "training", "generation"):
         with (tmp_path / f"{name}.csv").open(newline="") as file:
             assert {row["ms"] for row in csv.DictReader(file)} == {"dry"}, f"{name}.csv holds a time"
+    with (tmp_path / "ops.csv").open(newline="") as file:
+        assert {row["op"] for row in csv.DictReader(file)} == set(timings.ops())
     text = (tmp_path / "report.md").read_text()
+    assert re.search(r"Ran 10 of 1\d\d\d cases, 0 of 1\d\d against torch.compile; a dry run takes one small", text)
     assert "nothing was timed" in text
     assert "Every step came to its end, and none was red." in text

@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import inr_resnet50
-from benchmarks.gpu import checks, report, timings
+from benchmarks import inr_resnet50, shapes
+from benchmarks import run as bench
+from benchmarks.gpu import checks, order, report, timings
 from benchmarks.gpu import session as gpu_session
 from benchmarks.gpu.runner import Result
 from benchmarks.gpu.session import Session, run
@@ -45,21 +46,21 @@ def session(tmp_path, monkeypatch):
     monkeypatch.setattr(timings, "NETWORKS", {"resnet50": timings.DRY_NETWORK})
     tensors, active = inr_resnet50.target()
     monkeypatch.setattr(inr_resnet50, "target", lambda: (tensors[:2], active[:2]))
-    monkeypatch.setattr(Session, "timing", quick(Session.timing))
+    monkeypatch.setattr(Session, "samples", quick(Session.samples))
 
-    def make(step, how="timed"):
+    def make(step, how="timed", part=(0, 1)):
         (tmp_path / "ceilings.csv").write_text(
             "what,per_second\nmemory,1e9\nbfloat16,1e9\nfloat16,1e9\ntf32,1e9\nfloat32,1e9\n"
         )
-        made = Session(tmp_path, step, how)
+        made = Session(tmp_path, step, how, part)
         made.device = torch.device("cpu")
         return made
 
     return make
 
 
-def quick(timing):
-    return lambda self, call, seconds=0.1: timing(self, call, 0.001)
+def quick(samples):
+    return lambda self, call, seconds: samples(self, call, 0.001)
 
 
 def rows(path):
@@ -67,9 +68,17 @@ def rows(path):
         return list(csv.DictReader(opened))
 
 
-def test_an_op_is_timed_and_its_roofline_known(session, tmp_path):
-    made = session("op slim_layer_norm")
-    assert run(lambda s: timings.time_op(s, "slim_layer_norm"), made) == 0
+@pytest.fixture
+def one_op(monkeypatch):
+    """Layer norm alone, and of it the shortest cases, two of them compiled."""
+    monkeypatch.setattr(timings, "ops", lambda: ["slim_layer_norm"])
+    items = [item for item in order.items(["slim_layer_norm"]) if item.case.shape == "N6304-C128"]
+    monkeypatch.setattr(order, "items", lambda ops: items)
+    return items
+
+
+def test_ops_are_timed_and_their_rooflines_known(session, one_op, tmp_path):
+    assert run(timings.time_ops, session("ops")) == 0
     found = rows(tmp_path / "ops.csv")
     assert {row["provider"] for row in found} >= {"slimkernels", "plain", "slice", "compile"}
     assert {row["mode"] for row in found} == {"forward", "full"}
@@ -80,18 +89,75 @@ def test_an_op_is_timed_and_its_roofline_known(session, tmp_path):
         assert float(row["roofline"]) > 0
         if row["provider"] == "slimkernels":
             assert row["over_ours"] == row["back_to_back_over_ours"] == "1.000"
+    compiled = sum(item.compiled for item in one_op)
+    assert compiled
+    assert sum(row["provider"] == "compile" for row in found) == 2 * compiled
+    assert sum(row["provider"] == "slimkernels" for row in found) == 2 * (len(one_op) - compiled)
     lines = report.goals(tmp_path / "ops.csv")
     assert any(line.startswith("- roofline:") for line in lines)
-    again = session("op slim_layer_norm")
-    run(lambda s: timings.time_op(s, "slim_layer_norm"), again)
+    told = f"Timed {len(one_op) - compiled} of {len(one_op) - compiled} cases, {compiled} of {compiled} against"
+    assert report.coverage(tmp_path, False)[0] == f"{told} torch.compile."
+    run(timings.time_ops, session("ops"))
     assert rows(tmp_path / "ops.csv") == found, "what was done is done again"
 
 
-def test_a_warm_run_writes_no_row(session, tmp_path):
-    made = session("op slim_layer_norm", "warm")
-    assert run(lambda s: timings.time_op(s, "slim_layer_norm"), made) == 0
+def test_ops_that_were_cut_off_go_on_with_the_next_case(session, one_op, tmp_path, monkeypatch):
+    first, times = session("ops"), iter([60.0] * 4)
+    monkeypatch.setattr(first, "left", lambda: next(times, -1.0))
+    run(timings.time_ops, first)
+    assert first.progress.ended()[1].startswith("cut: no time for slim_layer_norm ViT-S/16")
+    before = rows(tmp_path / "ops.csv")
+    done = [name for name, (event, _) in first.progress.items().items() if event == "ok"]
+    assert done == [item.name for item in one_op[: len(done)]]
+    assert 0 < len(done) < len(one_op)
+    assert "goes on with the others" in report.coverage(tmp_path, False)[0]
+    first.progress.start(one_op[len(done)].name)  # and died there
+    first.progress.reopen()
+    assert first.progress.ended() is None
+    run(timings.time_ops, session("ops"))
+    found = rows(tmp_path / "ops.csv")
+    assert found[: len(before)] == before
+    keys = [(row["shape"], row["width"], row["dtype"], row["mode"], row["provider"]) for row in found]
+    assert len(set(keys)) == len(keys)
+    assert "goes on" not in report.coverage(tmp_path, False)[0]
+
+
+def test_the_parts_of_a_warm_run_are_all_and_write_no_row(session, one_op, tmp_path):
+    names = []
+    for part in range(4):
+        made = session("ops", "warm", (part, 4))
+        assert run(timings.time_ops, made) == 0
+        assert made.progress.path.name == f"ops-(warm-{part + 1}-of-4).jsonl"
+        names += made.progress.items()
+    assert sorted(names) == sorted(item.name for item in one_op)
     assert not (tmp_path / "ops.csv").exists()
-    assert made.progress.path.name == "op-slim_layer_norm-(warm).jsonl"
+    assert not (tmp_path / "plan.csv").exists()
+
+
+def test_the_order_covers_what_there_is_before_it_goes_into_depth(monkeypatch):
+    monkeypatch.setattr(shapes, "MAX_MACS", timings.GPU_MACS)
+    monkeypatch.setattr(shapes, "MAX_ELEMENTS", timings.GPU_ELEMENTS)
+    items = order.items(timings.ops())
+    eager = [item for item in items if not item.compiled]
+    assert len({item.name for item in items}) == len(items)
+    every = {f"{op} {bench.named(case)}" for op in timings.ops() for case in order.ranked(op)}
+    assert {item.name for item in eager} == every
+    kinds = {(item.op, *order.kind(item.case)) for item in items}
+    first = [(item.op, *order.kind(item.case)) for item in items[: len(kinds)]]
+    assert set(first) == kinds, "a second case of a kind comes before the first one of another"
+    assert {item.op for item in items[:10]} == set(timings.ops())
+    assert {item.case.width for item in items[:10]} == {1.0}
+    compiled = {item.op for item in items if item.compiled}
+    assert {item.op for item in items[len(kinds) : len(kinds) + len(compiled)] if item.compiled} == compiled
+    assert [item.name for item in items] == [item.name for item in order.items(timings.ops())]
+
+
+def test_a_kind_has_no_sizes():
+    def kind(shape):
+        return order.SIZES.sub("#", shape)
+
+    assert kind("N32-I64-O128-14x14-k3s1") == kind("N8-I16-O16-7x7-k3s1") != kind("N32-I64-O64-14x14-k1s1")
+    assert kind("N1-I16-O16-4096-k2s1d4-dw") == kind("N1-I8-O8-4096-k2s1d256-dw") != kind("N1-I8-O8-4096-k2s1-dw")
 
 
 def test_networks_training_and_generation_are_timed(session, tmp_path):

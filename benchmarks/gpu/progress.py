@@ -24,6 +24,11 @@ def context_error() -> str:
     return ""
 
 
+def file_name(name: str) -> str:
+    """Of a step, without its ending."""
+    return name.replace("/", "-").replace(" ", "-")
+
+
 class Progress:
     """Items of one step: each is started, and then ok, failed, skipped or died. A step that came to its end says so."""
 
@@ -53,6 +58,14 @@ class Progress:
         """Status and words of the step's end; None where it was not reached."""
         ends = [e for e in self.events() if not e["item"]]
         return (ends[-1]["event"], ends[-1]["told"]) if ends else None
+
+    def reopen(self) -> None:
+        """For another run in the same folder: what was cut off is as if it had not been started, and so is the end."""
+        items = self.items()
+        kept = [e for e in self.events() if e["item"] and items[e["item"]][0] not in ("start", "cut")]
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(event) + "\n" for event in kept))
+        aside.replace(self.path)
 
     def start(self, item: str) -> None:
         self._write(item, "start", "")

@@ -44,6 +44,28 @@ def counted(out: Path) -> str:
     return ", ".join(f"{sum(e == kind for e in events)} {'passed' if kind == 'ok' else kind}" for kind in kinds)
 
 
+def coverage(out: Path, dry: bool) -> list[str]:
+    """How many cases of each op were timed, of how many."""
+    with (out / "plan.csv").open(newline="") as opened:
+        plan = list(csv.DictReader(opened))
+    items = Progress(out / "items" / "ops.jsonl").items()
+    done = [name for name, (event, _) in items.items() if event in ("ok", "failed", "died")]
+    lines = ["| op | cases | of | against torch.compile | of |", "|---|---|---|---|---|"]
+    counts = []
+    for row in plan:
+        own = [name for name in done if name.startswith(f"{row['op']} ")]
+        compiled = sum(name.endswith(" compiled") for name in own)
+        counts.append((len(own) - compiled, int(row["cases"]), compiled, int(row["compiled"])))
+        lines.append(f"| {row['op']} | " + " | ".join(map(str, counts[-1])) + " |")
+    timed, cases, compiled, all_compiled = (sum(column) for column in zip(*counts, strict=True))
+    told = f"{'Ran' if dry else 'Timed'} {timed} of {cases} cases, {compiled} of {all_compiled} against torch.compile"
+    if dry:
+        told += "; a dry run takes one small case of each op"
+    elif timed + compiled < cases + all_compiled:
+        told += "; `make gpu ARGS='--resume --minutes 45'` goes on with the others in this folder"
+    return [f"{told}.", "", *lines, ""]
+
+
 def goals(path: Path) -> list[str]:
     """How many rows of ops.csv reach the goals."""
     with path.open(newline="") as opened:
@@ -111,8 +133,10 @@ def write(out: Path, dry: bool) -> None:
     }.items():
         if (out / f"{name}.csv").exists():
             lines += [f"## {title}", "", *table(out / f"{name}.csv", 100), ""]
+    if (out / "plan.csv").exists():
+        lines += ["## Ops", "", *coverage(out, dry)]
     if (out / "ops.csv").exists():
-        lines += ["## Ops", "", GOALS, *goals(out / "ops.csv"), "", "Every row is in ops.csv.", ""]
+        lines += [GOALS, *goals(out / "ops.csv"), "", "Every row is in ops.csv.", ""]
     aside = out / "report.tmp"
     aside.write_text("\n".join(lines))
     aside.replace(out / "report.md")

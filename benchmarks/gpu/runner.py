@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu.progress import CONTEXT_LOST, Progress
+from benchmarks.gpu.progress import CONTEXT_LOST, Progress, file_name
 
 ROOT = Path(__file__).parent.parent.parent
 GRACE_S = 5.0  # after its deadline a step that watches its clock ends by itself
+STARTUP_S = 60.0  # until a process that imports torch must have told something
 
 
 @dataclass
@@ -45,10 +46,6 @@ class Running:
     begin: float  # of the first process
     born: float  # of this one
     items: int  # that earlier ones had
-
-
-def file_name(name: str) -> str:
-    return name.replace("/", "-").replace(" ", "-")
 
 
 class Runner:
@@ -114,9 +111,12 @@ class Runner:
             return "cut"
         path = running.progress.path
         heard = time.time() - path.stat().st_mtime if path.exists() else float("inf")
-        if min(heard, now - running.born) > running.job.silence:
+        alive = now - running.born
+        told = heard < alive  # since this process was born
+        silence = running.job.silence if told else max(running.job.silence, STARTUP_S)
+        if min(heard, alive) > silence:
             kill(running.process)
-            return f"hung: killed after {running.job.silence:.0f} s without a sign of life"
+            return f"hung: killed after {silence:.0f} s without a sign of life"
         return None
 
     def again(self, old: Running, how: str, until: float) -> Running | None:

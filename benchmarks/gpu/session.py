@@ -12,25 +12,32 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.progress import CONTEXT_LOST, Progress, context_error
+from benchmarks.gpu.progress import CONTEXT_LOST, Progress, context_error, file_name
 
 FLUSH_BYTES = 2**28  # more than the last-level cache of any GPU at hand
+Samples = tuple[list[float], list[float]]  # ms: with cold caches; of calls one behind the other
+
+
+def job_name(step: str, how: str, part: tuple[int, int] = (0, 1)) -> str:
+    """Of a step's process, in the list of steps."""
+    if how != "warm":
+        return step
+    return f"{step} (warm)" if part[1] == 1 else f"{step} (warm {part[0] + 1} of {part[1]})"
 
 
 class Session:
     """One step in a process of its own. Results are written as they come: a step that dies or is cut keeps what it has.
 
     ``how``: "timed"; "warm" runs all once, to fill the compilers' caches, and writes no row; "dry" does that with tiny
-    shapes on the CPU and writes rows without times.
+    shapes on the CPU and writes rows without times. ``part``: (3, 8) is the fourth of eight equal parts.
     """
 
-    def __init__(self, out: Path, step: str, how: str, every_shape: bool = False) -> None:
-        self.out, self.step, self.how, self.every_shape = out, step, how, every_shape
+    def __init__(self, out: Path, step: str, how: str, part: tuple[int, int] = (0, 1)) -> None:
+        self.out, self.step, self.how, self.part = out, step, how, part
         self.dry = how == "dry"
         self.device = torch.device("cpu" if self.dry else "cuda")
         self.until = float(os.environ.get("SLIMKERNELS_GPU_UNTIL", "inf"))
-        name = f"{step} ({how})" if how == "warm" else step
-        self.progress = Progress(out / "items" / f"{name.replace('/', '-').replace(' ', '-')}.jsonl")
+        self.progress = Progress(out / "items" / f"{file_name(job_name(step, how, part))}.jsonl")
         self.seen = self.progress.items()
         self.ceilings = self._ceilings()  # bytes/s of "memory", FLOP/s of each precision
         self._flushed: torch.Tensor | None = None
@@ -81,11 +88,17 @@ class Session:
             writer.writerow(values)
 
     def timing(self, call: Callable[[], object], seconds: float = 0.1) -> tuple[float, float]:
-        """Milliseconds of one call by CUDA events, medians: of the GPU's work with cold caches, and of calls one behind the
-        other, in which the CPU's part shows where it is longer. Not timed: the call is made once and both are nan."""
+        """Medians of ``samples``; nan where nothing is timed."""
+        cold, behind = self.samples(call, seconds)
+        return median(cold), median(behind)
+
+    def samples(self, call: Callable[[], object], seconds: float) -> Samples:
+        """Milliseconds of one call by CUDA events: of the GPU's work with cold caches, and of calls one behind the other, in
+        which the CPU's part shows where it is longer; ``seconds`` for each of the two, and ten calls in any case. Not
+        timed: the call is made once."""
         if self.how != "timed":
             call()
-            return float("nan"), float("nan")
+            return [], []
         if self._flushed is None:
             with torch.inference_mode(False):  # what is made within it cannot be written outside
                 self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
@@ -111,7 +124,7 @@ class Session:
             last.record()
             last.synchronize()
             behind.append(first.elapsed_time(last) / repeats)
-        return statistics.median(cold), statistics.median(behind)
+        return cold, behind
 
     def _one(self, call: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         assert self._flushed is not None
@@ -151,6 +164,10 @@ class Session:
             return {}
         with path.open(newline="") as opened:
             return {row["what"]: float(row["per_second"]) for row in csv.DictReader(opened)}
+
+
+def median(samples: list[float]) -> float:
+    return statistics.median(samples) if samples else float("nan")
 
 
 def run(step: Callable[[Session], str], session: Session) -> int:

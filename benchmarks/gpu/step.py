@@ -15,7 +15,7 @@ STEPS: dict[str, Callable[[Session], str]] = {
     "training": timings.time_training,
     "generation": timings.time_generation,
     **{f"network {name}": partial(timings.time_network, name=name) for name in timings.NETWORKS},
-    **{f"op {name}": partial(timings.time_op, op=name) for name in timings.ops()},
+    "ops": timings.time_ops,
 }
 
 
@@ -24,7 +24,8 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=list(STEPS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--how", choices=["timed", "warm", "dry"], default="timed")
-    parser.add_argument("--every-shape", action="store_true")
+    parser.add_argument("--part", default="0/1", help="3/8: the fourth of eight equal parts")
     arguments = parser.parse_args()
-    session = Session(arguments.out, arguments.name, arguments.how, arguments.every_shape)
+    number, parts = map(int, arguments.part.split("/"))
+    session = Session(arguments.out, arguments.name, arguments.how, (number, parts))
     raise SystemExit(run(STEPS[arguments.name], session))

@@ -2,8 +2,7 @@
 
 import contextlib
 import copy
-import importlib
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,15 +12,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness, run, shapes
-from benchmarks.gpu.session import Session
+from benchmarks.gpu import order
+from benchmarks.gpu.session import Samples, Session, median
 from slimkernels import elastic, models
 from slimkernels.train import sandwich_step
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 GPU_MACS, GPU_ELEMENTS = 2**36, 2**28  # of one call: the batches of op-shapes.csv as they are
-DRY_PARAMETERS = 2_000_000
+DRY_LIMITS, DRY_PARAMETERS = (2**16, 2**16), 2_000_000
 BATCH = 64  # of the networks
-COMPILED_OF = 3  # torch.compile takes seconds a case: it is timed in one of so many, or in all with --every-shape
+CASE_S = 0.02  # of timing an op's provider: a long run is for more cases, and not for better numbers of the first
 # Whole networks and steps have steps of their own here.
 NOT_OPS = ("deploy", "training_step")
 RECURRENT = ("slim_lstm", "slim_gru")  # PyTorch counts no operations of cuDNN's recurrent layers
@@ -68,10 +68,10 @@ def work(provider: harness.Provider, mode: str) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def gpu_limits(session: Session) -> Iterator[None]:
-    """Within it the shapes keep their batch, which on a CPU is cut; dry: they are cut further."""
+def limits(macs: int, elements: int) -> Iterator[None]:
+    """Within it the batches of the shapes are cut to these, and not to those of a CPU."""
     kept = shapes.MAX_MACS, shapes.MAX_ELEMENTS
-    shapes.MAX_MACS, shapes.MAX_ELEMENTS = (2**16, 2**16) if session.dry else (GPU_MACS, GPU_ELEMENTS)
+    shapes.MAX_MACS, shapes.MAX_ELEMENTS = macs, elements
     try:
         yield
     finally:
@@ -93,47 +93,50 @@ def precision(op: str, dtype: torch.dtype) -> str:
     return "tf32" if switch.fp32_precision == "tf32" else "float32"
 
 
-def time_op(session: Session, op: str) -> str:
-    """An op at the shapes of op-shapes.csv or the INR workloads; a provider whose numbers are wrong gets no time."""
-    done = 0
-    with gpu_limits(session):
-        cases = importlib.import_module(f"benchmarks.bench_{op}").cases(not session.every_shape)
-        for case in sorted(cases, key=mixed):
-            name = run.named(case)
+def time_ops(session: Session) -> str:
+    """All ops at the shapes of op-shapes.csv and the INR workloads, the most telling first; a provider whose numbers are
+    wrong gets no time. Dry: one small case of each op."""
+    if session.part[1] == 1 and not (session.out / "plan.csv").exists():
+        with limits(GPU_MACS, GPU_ELEMENTS):
+            counts = Counter((item.op, item.compiled) for item in order.items(ops()))
+        for op in ops():
+            session.row("plan", op=op, cases=counts[op, False], compiled=counts[op, True])
+    with limits(*DRY_LIMITS) if session.dry else limits(GPU_MACS, GPU_ELEMENTS):
+        number, parts = session.part
+        done = set[str]()
+        for item in order.items(ops())[number::parts]:
             if session.left() <= 0:
-                return f"cut: no time for {name} and what follows"
-            if not session.todo(name):
+                return f"cut: no time for {item.name} and what follows"
+            if session.dry and (item.compiled or item.op in done):
                 continue
-            torch.manual_seed(0)
-            with torch.device(session.device):  # numbers are drawn there: gigabytes would take seconds on the CPU
-                problem = case.build()
-            if session.dry and not small_enough(problem):
+            if not session.todo(item.name):
                 continue
-            with session.item(name):
-                time_case(session, op, case, to_device(problem, session.device))
-            done += 1
-            if session.dry:
-                break
-            del problem
-            torch.cuda.empty_cache()
-    return f"{done} cases"
+            if session.dry and not small_enough(item.case.build()):
+                continue
+            with session.item(item.name):
+                time_item(session, item)
+            done.add(item.op)
+            if not session.dry:
+                torch.cuda.empty_cache()
+    return ""
 
 
-def mixed(case: harness.Case) -> int:
-    """A number by which cases come in an order that mixes networks, widths and dtypes: a cut leaves some of each."""
-    return zlib.crc32(run.named(case).encode())
-
-
-def time_case(session: Session, op: str, case: harness.Case, problem: harness.Problem) -> None:
+def time_item(session: Session, item: order.Item) -> None:
     """The rows of one case. An error where a result of ours is wrong."""
+    case, op = item.case, item.op
+    torch.manual_seed(0)
+    with torch.device(session.device):  # numbers are drawn there: gigabytes would take seconds on the CPU
+        problem = to_device(case.build(), session.device)
     candidates = harness.providers(problem, False)
-    chosen = case.compile and (session.every_shape or mixed(case) % COMPILED_OF == 0)
-    if chosen and not session.dry and problem.sliced is not None:
+    timed = list(candidates)
+    if item.compiled:
+        assert problem.sliced is not None
         torch._dynamo.reset()
         compiled = torch.compile(copy.deepcopy(problem.sliced), dynamic=False)
         candidates["compile"] = harness.Provider(compiled, compiled, compiled, problem.inputs)
+        timed = ["slimkernels", "compile"]  # ours once more: a ratio is of one moment
     products = precision(op, case.dtype)
-    wrong = []
+    wrong, rows = [], []
     for mode in ("forward", "full"):
         if mode not in case.modes:
             continue
@@ -141,36 +144,45 @@ def time_case(session: Session, op: str, case: harness.Case, problem: harness.Pr
             warm = session.how == "warm"
             verdict = dict.fromkeys(candidates, "") if warm else harness.gate(problem, candidates, mode)
         bound = session.bound(*work(candidates["plain"], mode), products) if op not in RECURRENT else float("nan")
-        with torch.inference_mode(mode == "forward"):
-            times = {
-                name: session.timing(harness.caller(p, mode), 0.05)
-                for name, p in candidates.items()
-                if not verdict[name]
-            }
+        times = in_turns(session, {name: candidates[name] for name in timed if not verdict[name]}, mode)
         if verdict["slimkernels"]:
             wrong.append(f"{mode}: {verdict['slimkernels']}")
         ours = times.get("slimkernels")
-        for name in candidates:
+        for name in ["compile"] if item.compiled else timed:
             own = times.get(name)
-            session.row(
-                "ops",
-                op=op,
-                net=case.net,
-                width=case.width,
-                shape=case.shape,
-                dtype=str(case.dtype).removeprefix("torch."),
-                products=products,
-                mode=mode,
-                provider=name,
-                gate=verdict[name] or "ok",
-                ms=shown(session, own and own[0]),
-                over_ours=ratio(own and own[0], ours and ours[0]),
-                back_to_back_ms=shown(session, own and own[1]),
-                back_to_back_over_ours=ratio(own and own[1], ours and ours[1]),
-                roofline=ratio(bound, own and own[0]),
+            rows.append(
+                dict(
+                    op=op,
+                    net=case.net,
+                    width=case.width,
+                    shape=case.shape,
+                    dtype=str(case.dtype).removeprefix("torch."),
+                    products=products,
+                    mode=mode,
+                    provider=name,
+                    gate=verdict[name] or "ok",
+                    ms=shown(session, own and own[0]),
+                    over_ours=ratio(own and own[0], ours and ours[0]),
+                    back_to_back_ms=shown(session, own and own[1]),
+                    back_to_back_over_ours=ratio(own and own[1], ours and ours[1]),
+                    roofline=ratio(bound, own and own[0]),
+                )
             )
+    for row in rows:  # at once: a case that was cut off has none, and is timed again
+        session.row("ops", **row)
     if wrong:
         raise ArithmeticError("; ".join(wrong))
+
+
+def in_turns(session: Session, providers: dict[str, harness.Provider], mode: str) -> dict[str, tuple[float, float]]:
+    """Medians of each, of half the samples from there to here and of the others back: a GPU's clock needs a while."""
+    found: dict[str, Samples] = {name: ([], []) for name in providers}
+    with torch.inference_mode(mode == "forward"):
+        calls = {name: harness.caller(provider, mode) for name, provider in providers.items()}
+        for name in [*calls, *reversed(calls)] if session.how == "timed" else calls:
+            for kept, new in zip(found[name], session.samples(calls[name], CASE_S / 2), strict=True):
+                kept += new
+    return {name: (median(cold), median(behind)) for name, (cold, behind) in found.items()}
 
 
 @contextlib.contextmanager
@@ -294,10 +306,13 @@ def time_training(session: Session) -> str:
         value.backward()
         optimizer.step()
 
-    def separately(compiled: bool) -> Callable[[], None]:
+    def separately(name: str, compiled: bool) -> Callable[[], None]:
         plains = [elastic.extract(model, width).to(memory_format=torch.channels_last) for width in WIDTHS]
         optimizers = [torch.optim.SGD(net.parameters(), lr=1e-3) for net in plains]
         called = [torch.compile(net, dynamic=False) if compiled else net for net in plains]
+        for net, optimizer in zip(called, optimizers, strict=True):
+            plain_step(net, optimizer)
+            session.progress.start(name)  # a sign of life: each is compiled in a minute or so
 
         def steps() -> None:
             for net, optimizer in zip(called, optimizers, strict=True):
@@ -309,9 +324,10 @@ def time_training(session: Session) -> str:
         own = torch.optim.SGD(model.parameters(), lr=1e-3)
         return lambda: sandwich_step(model, (x, target), loss, own, widths=list(WIDTHS), distill=None, amp=amp) and None
 
-    providers = {"slimmable step, four widths": slimmable, "four plain steps": partial(separately, False)}
-    if not session.dry:
-        providers["four plain steps, compiled"] = partial(separately, True)
+    providers = {"slimmable step, four widths": slimmable}
+    for provider, compiled in {"four plain steps": False, "four plain steps, compiled": True}.items():
+        if not (session.dry and compiled):
+            providers[provider] = partial(separately, provider, compiled)
     for provider, make in providers.items():
         if session.todo(provider):
             with session.item(provider):
