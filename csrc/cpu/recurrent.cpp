@@ -1,5 +1,7 @@
 #include "recurrent.h"
 
+#include "recurrent_cache.h"
+
 #include <ATen/Functions.h>
 
 #if defined(__linux__)
@@ -36,6 +38,17 @@ std::vector<Chunk> chunks_of(const RecurrentLayer& layer, int64_t direction, int
   return chunks;
 }
 
+bool Arena::take_kept(at::Tensor* kept) {
+  if (!kept) {
+    take(static_cast<char*>(scratch(kScratchA, bytes_)));
+    return false;
+  }
+  const bool filled = kept->defined();
+  if (!filled) *kept = recurrent_empty(at::empty({0}, at::kByte), {}, {bytes_});
+  take(static_cast<char*>(kept->data_ptr()));
+  return filled;
+}
+
 bool recurrent_takes(const at::Tensor& x, at::TensorList weights, int64_t directions) {
   const auto dtype = x.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
@@ -49,8 +62,7 @@ bool recurrent_takes(const at::Tensor& x, at::TensorList weights, int64_t direct
 
 bool recurrent_multiplies_bf16(const RecurrentLayer& layer, at::ScalarType dtype) {
 #if defined(__x86_64__)
-  return dtype == at::kBFloat16 && layer.batch >= kDotBatch && layer.rows() >= kDotRows &&
-         current_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") && gemm_takes_bf16();
+  return dtype == at::kBFloat16 && !layer.dot_state() && current_isa() == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") && gemm_takes_bf16();
 #else
   return false;
 #endif
@@ -198,6 +210,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
   at::Tensor y = x, h_n, c_n;
   RecurrentTensors states;
   const char *h_start = nullptr, *c_start = nullptr;
+  const bool keeps = keeps_packed(weights);
+  PackedKey key{};
+  PackedPointer kept;
+  std::shared_ptr<PackedWeights> made;
   for (int64_t l = 0; l < num_layers; ++l) {
     RecurrentTensors tensors =
         recurrent_layer(op, gates, y, std::nullopt, std::nullopt, weights.slice(l * per_layer, per_layer), batch_sizes,
@@ -211,6 +227,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
       h_n = at::empty(h_shape, x.options());
       if (cells) c_n = at::empty(c_shape, x.options());
     }
+    layer.packs = keeps && layer.rows() < kDotRows;
+    if (keeps && l == 0) {
+      const int64_t layout = 1 + (layer.dot_input() + 2 * layer.dot_state() + 4 * layer.joins()) +
+                             8 * recurrent_multiplies_bf16(layer, x.scalar_type());
+      key = {layout, gates, num_layers, layer.directions, layer.in, hidden, layer.state, in_blocks, current_isa()};
+      bool seen;
+      kept = find_packed(weights, key, seen);
+      // Many rows pack for themselves at first: weights that change before the next call are not worth keeping.
+      if (!kept && (seen || layer.packs)) made = std::make_shared<PackedWeights>(num_layers * layer.directions);
+    }
+    if (kept) layer.kept = const_cast<at::Tensor*>(kept->data()) + l * layer.directions;
+    if (made) layer.kept = made->data() + l * layer.directions;
     const int64_t sequences = l * layer.directions * layer.batch * x.element_size();
     layer.h0 = h_start ? h_start + sequences * layer.state : nullptr;
     layer.c0 = c_start ? c_start + sequences * hidden : nullptr;
@@ -218,6 +246,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
     run(layer, {y.data_ptr(), static_cast<char*>(h_n.data_ptr()) + sequences * layer.state,
                 cells ? static_cast<char*>(c_n.data_ptr()) + sequences * hidden : nullptr, nullptr, nullptr});
   }
+  if (made && made->back().defined()) keep_packed(weights, key, std::move(made));
   return {y, h_n, c_n};
 }
 

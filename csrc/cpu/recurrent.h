@@ -35,7 +35,13 @@ struct RecurrentLayer {
   std::vector<int64_t> size;              // sequences running at each step
   std::vector<int64_t> start;             // first row of each step, and the number of rows
   std::vector<RecurrentWeights> weights;  // of each direction
+  bool packs = false;                     // weights are packed for few rows, too, as they are kept
+  at::Tensor* kept = nullptr;             // of each direction: packed weights to read, or to make where undefined
 
+  // How the weights are read: where they lie, or in panels; x and state by one product.
+  bool dot_input() const;
+  bool dot_state() const;
+  bool joins() const;
   int64_t steps() const { return size.size(); }
   bool projects() const { return weights[0].w_hr != nullptr; }
   int64_t rows() const { return start.back(); }
@@ -67,6 +73,13 @@ constexpr int64_t kDotRows = 24;
 // Fewer sequences: the recurrent part is bound by reading the weights, which packing does not make less.
 constexpr int64_t kDotBatch = 3;
 
+// The input of so many sequences goes beside the state of LSTMs (recurrent_joined-inl.h).
+constexpr int64_t kJoinedBatch = 16;
+
+inline bool RecurrentLayer::dot_input() const { return !packs && rows() < kDotRows; }
+inline bool RecurrentLayer::dot_state() const { return !packs && (rows() < kDotRows || batch < kDotBatch); }
+inline bool RecurrentLayer::joins() const { return batch >= kJoinedBatch && !dot_state(); }
+
 // Panels of at most `most`, as equal as multiples of 16 allow; of `blocks` equal parts, none crosses from one to the next.
 std::vector<Panel> panels_of(int64_t size, int64_t blocks = 1, int64_t most = 64);
 
@@ -87,12 +100,15 @@ class Arena {
     pieces_[count_++] = {reinterpret_cast<void**>(&piece), bytes_};
     bytes_ += round_up(count * sizeof(C), 64);
   }
-  void take() {
-    char* memory = static_cast<char*>(scratch(kScratchB, bytes_));
+  void take() { take(static_cast<char*>(scratch(kScratchB, bytes_))); }
+  // The same in memory that outlives the call, if there is any; true when it holds already what belongs there.
+  bool take_kept(at::Tensor* kept);
+
+ private:
+  void take(char* memory) {
     for (int i = 0; i < count_; ++i) *pieces_[i].first = memory + pieces_[i].second;
   }
 
- private:
   static constexpr int kPieces = 24;
   std::pair<void**, int64_t> pieces_[kPieces];
   int count_ = 0;

@@ -38,34 +38,35 @@ void recurrent_forward_kernel(const RecurrentLayer& layer, const RecurrentOutput
   const std::vector<Chunk> chunks = chunks_of(layer, d, std::max(kForwardRows, batch));
   int64_t chunk_rows = 0;
   for (const Chunk& chunk : chunks) chunk_rows = std::max(chunk_rows, chunk.rows);
-  const bool dot_input = layer.rows() < kDotRows, dot_state = dot_input || batch < kDotBatch;
+  const bool dot_input = layer.dot_input(), dot_state = layer.dot_state();
   const bool convert = !std::is_same_v<T, C> || in != layer.in;
 
-  Arena arena;
+  Arena arena, fixed;
   C *w_ih, *w_hh, *x_copy, *h, *h_next;
   float *input_tiles, *state_tile, *c, *bias;
-  arena.ask(w_ih, dot_input ? 0 : gates * hp * in);
-  arena.ask(w_hh, dot_state ? 0 : gates * hp * depth);
+  fixed.ask(w_ih, dot_input ? 0 : gates * hp * in);
+  fixed.ask(w_hh, dot_state ? 0 : gates * hp * depth);
   arena.ask(input_tiles, chunk_rows * gates * hp);
   arena.ask(x_copy, convert ? chunk_rows * in : 0);
   arena.ask(state_tile, Cell::kAdds ? 0 : batch * gates * 64);
   arena.ask(h, batch * sp);
   arena.ask(h_next, batch * sp);
   arena.ask(c, batch * hp);
-  arena.ask(bias, 4 * hp);
-  Projection<T, C> projection(arena, layer, d, batch, dot_state);
+  fixed.ask(bias, 4 * hp);
+  Projection<T, C> projection(arena, fixed, layer, d, batch, dot_state);
   arena.take();
-
-  for (const Panel& p : panels) {
-    if (!dot_input) {
-      pack_gates((const T*)w.w_ih, w.ld_ih, gates, full, p, layer.in_blocks, full_part, part,
-                 w_ih + gates * p.begin * in);
+  if (!fixed.take_kept(layer.kept ? layer.kept + d : nullptr)) {
+    for (const Panel& p : panels) {
+      if (!dot_input) {
+        pack_gates((const T*)w.w_ih, w.ld_ih, gates, full, p, layer.in_blocks, full_part, part,
+                   w_ih + gates * p.begin * in);
+      }
+      if (!dot_state)
+        pack_gates((const T*)w.w_hh, w.ld_hh, gates, full, p, 1, state, state, w_hh + gates * p.begin * depth);
+      Cell::pack_bias((const T*)w.b_ih, (const T*)w.b_hh, full, p, bias + 4 * p.begin);
     }
-    if (!dot_state)
-      pack_gates((const T*)w.w_hh, w.ld_hh, gates, full, p, 1, state, state, w_hh + gates * p.begin * depth);
-    Cell::pack_bias((const T*)w.b_ih, (const T*)w.b_hh, full, p, bias + 4 * p.begin);
+    projection.pack();
   }
-  projection.pack();
   // What is beside the units of a row takes part in whole vectors and pairs: it stays 0.
   std::fill_n(h, batch * sp, C(0.0f));
   std::fill_n(h_next, batch * sp, C(0.0f));

@@ -4,7 +4,6 @@
 // travels through memory. With few sequences the product would be bound by reading w_ih at every step; there
 // recurrent_forward-inl.h serves a chunk of steps at once.
 
-constexpr int64_t kJoinedBatch = 16;
 constexpr int64_t kJoinedRows = 64;  // of a tile: with 4 gates of 64 units it stays in the second-level cache
 
 #if SK_LANES == 16
@@ -12,6 +11,7 @@ constexpr int64_t kJoinedRows = 64;  // of a tile: with 4 gates of 64 units it s
 // the tile before goes between its products, in small parts: most of it runs in units that the products leave idle, and none of
 // its chains of dependent instructions is waited for.
 constexpr int64_t kFusedRows = 6;
+constexpr int64_t kFusedAhead = 512;  // floats of the weights that are fetched before they are needed
 
 template <class Cell, typename T, typename C>
 struct FusedTile {
@@ -48,6 +48,7 @@ template <int R, typename C>
 inline __attribute__((always_inline)) void multiply_steps(vf (&acc)[R][4], const C*& a, int64_t lda, const C*& b,
                                                           int64_t count) {
   for (const C* end = a + count * kPair<C>; a != end; a += kPair<C>, b += 4 * kLanes * kPair<C>) {
+    for (int g = 0; g < 4; ++g) __builtin_prefetch((const float*)b + kFusedAhead + g * kLanes);
     const vf b0 = load((const float*)b), b1 = load((const float*)b + kLanes), b2 = load((const float*)b + 2 * kLanes),
              b3 = load((const float*)b + 3 * kLanes);
 #pragma GCC unroll 6
@@ -112,24 +113,26 @@ void recurrent_joined_kernel(const RecurrentLayer& layer, const RecurrentOutputs
 #endif
   const std::vector<Panel> panels = panels_of(hidden, 1, tile_units);
 
-  Arena arena;
+  Arena arena, fixed;
   C *weights, *rows, *rows_next;
   float *tile, *c, *bias;
-  arena.ask(weights, gates * hp * depth);
+  fixed.ask(weights, gates * hp * depth);
   arena.ask(tile, SK_LANES == 16 ? 0 : tile_rows * gates * tile_units);
   arena.ask(rows, batch * ld);
   arena.ask(rows_next, batch * ld);
   arena.ask(c, batch * hp);
-  arena.ask(bias, 4 * hp);
-  Projection<T, C> projection(arena, layer, d, batch, false);
+  fixed.ask(bias, 4 * hp);
+  Projection<T, C> projection(arena, fixed, layer, d, batch, false);
   arena.take();
-  for (const Panel& p : panels) {
-    C* panel = weights + gates * p.begin * depth;
-    pack_gates((const T*)w.w_ih, w.ld_ih, gates, full, p, layer.in_blocks, full_part, part, panel);
-    pack_gates((const T*)w.w_hh, w.ld_hh, gates, full, p, 1, state, state, panel + gates * p.padded * in);
-    Cell::pack_bias((const T*)w.b_ih, (const T*)w.b_hh, full, p, bias + 4 * p.begin);
+  if (!fixed.take_kept(layer.kept ? layer.kept + d : nullptr)) {
+    for (const Panel& p : panels) {
+      C* panel = weights + gates * p.begin * depth;
+      pack_gates((const T*)w.w_ih, w.ld_ih, gates, full, p, layer.in_blocks, full_part, part, panel);
+      pack_gates((const T*)w.w_hh, w.ld_hh, gates, full, p, 1, state, state, panel + gates * p.padded * in);
+      Cell::pack_bias((const T*)w.b_ih, (const T*)w.b_hh, full, p, bias + 4 * p.begin);
+    }
+    projection.pack();
   }
-  projection.pack();
   std::fill_n(rows, batch * ld, C(0.0f));  // what is beside the units of a row stays 0
   std::fill_n(rows_next, batch * ld, C(0.0f));
   std::fill_n(c, batch * hp, 0.0f);

@@ -7,7 +7,7 @@ class Projection {
   int64_t ldh;  // 0 without projection
 
   // For at most `rows` rows a step; `dot`: w_hr is read where it lies.
-  Projection(Arena& arena, const RecurrentLayer& layer, int64_t d, int64_t rows, bool dot)
+  Projection(Arena& arena, Arena& fixed, const RecurrentLayer& layer, int64_t d, int64_t rows, bool dot)
       : ldh(layer.projects() ? round_up(layer.hidden, 16) : 0),
         w_((const T*)layer.weights[d].w_hr),
         ld_(layer.weights[d].ld_hr),
@@ -18,7 +18,7 @@ class Projection {
     panels_ = panels_of(count_);
     const int64_t width = round_up(count_, 16);
     arena.ask(h, rows * ldh);
-    arena.ask(packed_, dot ? 0 : width * round_up(depth_, kPair<C>));
+    fixed.ask(packed_, dot ? 0 : width * round_up(depth_, kPair<C>));
     arena.ask(tile_, rows * (dot ? width : 64));
   }
 

@@ -1,12 +1,10 @@
 #include "recurrent_stream.h"
 
 #include <ATen/Functions.h>
-#include <c10/util/intrusive_ptr.h>
 
 #include <algorithm>
-#include <cstring>
-#include <list>
-#include <mutex>
+
+#include "recurrent_cache.h"
 
 #define SK_INL "recurrent_stream-inl.h"
 #include "foreach_isa.h"
@@ -14,150 +12,118 @@
 namespace slimkernels {
 namespace {
 
-// A tensor as it was when it was packed. The weak pointer keeps its address from being used for another tensor.
-struct Seen {
-  c10::weak_intrusive_ptr<c10::TensorImpl> impl;
-  const void* data;
-  int64_t version, numel;
-  uint64_t sample;
-
-  explicit Seen(const at::Tensor& t)
-      : impl(t.getIntrusivePtr()),
-        data(t.const_data_ptr()),
-        version(t._version()),
-        numel(t.numel()),
-        sample(sampled(t)) {}
-  bool is(const at::Tensor& t) const {
-    return impl._unsafe_get_target() == t.unsafeGetTensorImpl() && data == t.const_data_ptr() &&
-           version == t._version() && numel == t.numel() && sample == sampled(t);
-  }
-  // The bits of the first and the last element. A write that the version does not count (through .data) changes them, if it
-  // changes all elements.
-  static uint64_t sampled(const at::Tensor& t) {
-    const float* elements = t.const_data_ptr<float>();
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-    uint32_t bits[2];
-    std::memcpy(bits, elements, sizeof(float));
-    std::memcpy(bits + 1, elements + last, sizeof(float));
-    return uint64_t{bits[0]} << 32 | bits[1];
-  }
+// The kernels of a cell and dtype of the instruction set in use.
+struct StreamKernels {
+  int64_t (*bytes)(int64_t in, int64_t hidden, int64_t state, bool projects);
+  void (*pack)(const RecurrentLayer& layer, int64_t d, char* dst);
+  void (*layer)(const StreamLayer& layer, const char* w);
+  void (*read)(const void* src, int64_t count, float* dst);
+  void (*write)(const float* src, int64_t count, void* dst);
 };
 
-struct Entry {
-  std::vector<Seen> weights;
-  int64_t in, hidden, in_blocks;
-  Isa isa;
-  at::Tensor packed;
+#define SK_STREAM_KERNELS(ISA, CELL)                                                                           \
+  StreamKernels {                                                                                              \
+    &ISA::stream_bytes<ISA::CELL, T>, &ISA::stream_pack<ISA::CELL, T>, &ISA::stream_layer<ISA::CELL, T>,       \
+        &ISA::stream_read<T>, &ISA::stream_write<T>                                                            \
+  }
+#define SK_STREAM_CELL(ISA) gates == 4 ? SK_STREAM_KERNELS(ISA, StreamLstm) : SK_STREAM_KERNELS(ISA, StreamGru)
+template <typename T>
+StreamKernels kernels_of(int64_t gates) {
+#if defined(__x86_64__)
+  if (current_isa() == Isa::kAvx512) return SK_STREAM_CELL(avx512);
+  if (current_isa() == Isa::kAvx2) return SK_STREAM_CELL(avx2);
+#endif
+  return SK_STREAM_CELL(base);
+}
+#undef SK_STREAM_CELL
+#undef SK_STREAM_KERNELS
 
-  bool fits(at::TensorList given, int64_t in_, int64_t hidden_, int64_t in_blocks_) const {
-    return in == in_ && hidden == hidden_ && in_blocks == in_blocks_ && isa == current_isa() &&
-           weights.size() == given.size() &&
-           weights[0].impl._unsafe_get_target() == given[0].unsafeGetTensorImpl();
+StreamKernels kernels(at::ScalarType dtype, int64_t gates) {
+  switch (dtype) {
+    case at::kBFloat16: return kernels_of<c10::BFloat16>(gates);
+    case at::kHalf: return kernels_of<c10::Half>(gates);
+    default: return kernels_of<float>(gates);
   }
-  bool fresh(at::TensorList given) const {
-    for (size_t i = 0; i < weights.size(); ++i) {
-      if (!weights[i].is(given[i])) return false;
-    }
-    return true;
-  }
-  bool gone() const { return weights[0].impl.expired(); }
-};
-
-std::mutex mutex;
-std::list<Entry>& entries = *new std::list<Entry>;  // last used first; not destroyed, as PyTorch may be gone by then
-
-at::Tensor pack(const at::Tensor& x, at::TensorList weights, int64_t num_layers, int64_t hidden, int64_t in_blocks) {
-  const size_t per = weights.size() / num_layers;
-  std::vector<RecurrentTensors> layers;
-  std::vector<int64_t> sizes;
-  int64_t total = 0;
-  at::Tensor row = x;
-  for (int64_t l = 0; l < num_layers; ++l) {
-    layers.push_back(recurrent_layer("slim_gru", 3, row, std::nullopt, std::nullopt, weights.slice(l * per, per),
-                                     std::nullopt, false, hidden, 0, l == 0 ? in_blocks : 1));
-    sizes.push_back(SK_CALL_ISA(stream_floats, layers.back().layer.in, hidden));
-    total += sizes.back();
-    row = at::empty({1, 1, hidden}, x.options());
-  }
-  if (total * int64_t{sizeof(float)} > kStreamBytes) return {};
-  const at::Tensor packed = recurrent_empty(at::empty({0}, x.options()), {}, {total});
-  float* at = packed.data_ptr<float>();
-  for (int64_t l = 0; l < num_layers; ++l) {
-    SK_CALL_ISA(stream_pack, layers[l].layer, at);
-    at += sizes[l];
-  }
-  return packed;
 }
 
-at::Tensor packed_weights(const at::Tensor& x, at::TensorList weights, int64_t num_layers, int64_t hidden,
-                          int64_t in_blocks) {
-  const int64_t in = x.size(2);
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = std::find_if(entries.begin(), entries.end(),
-                                  [&](const Entry& e) { return e.fits(weights, in, hidden, in_blocks); });
-  if (found != entries.end()) {
-    if (found->fresh(weights)) {
-      entries.splice(entries.begin(), entries, found);
-      return found->packed;
+PackedPointer packed_weights(const char* op, const StreamKernels& kernels, const PackedKey& key, const at::Tensor& x,
+                             at::TensorList weights, int64_t proj) {
+  bool seen;
+  if (PackedPointer found = find_packed(weights, key, seen)) return found;
+  const size_t per = weights.size() / key.layers;
+  std::vector<RecurrentTensors> layers;
+  at::Tensor row = x;
+  int64_t total = 0;
+  for (int64_t l = 0; l < key.layers; ++l) {
+    const auto of_layer = weights.slice(l * per, per);
+    layers.push_back(recurrent_layer(op, key.gates, row, std::nullopt, std::nullopt, of_layer, std::nullopt,
+                                     key.directions == 2, key.hidden, proj, l == 0 ? key.in_blocks : key.directions));
+    total += key.directions * kernels.bytes(layers.back().layer.in, key.hidden, key.state, proj != 0);
+    row = at::empty({1, 1, key.directions * key.state}, x.options());
+  }
+  at::Tensor packed = recurrent_empty(at::empty({0}, at::kByte), {}, {total});
+  char* at = static_cast<char*>(packed.data_ptr());
+  for (const RecurrentTensors& tensors : layers) {
+    for (int64_t d = 0; d < key.directions; ++d) {
+      kernels.pack(tensors.layer, d, at);
+      at += kernels.bytes(tensors.layer.in, key.hidden, key.state, tensors.layer.projects());
     }
-    entries.erase(found);
   }
-  Entry entry{{}, in, hidden, in_blocks, current_isa(), pack(x, weights, num_layers, hidden, in_blocks)};
-  const at::Tensor packed = entry.packed;
-  if (!packed.defined()) return packed;
-  for (const at::Tensor& w : weights) entry.weights.emplace_back(w);
-  entries.push_front(std::move(entry));
-  int64_t bytes = 0;
-  size_t count = 0;
-  for (auto e = entries.begin(); e != entries.end();) {
-    const bool keep = !e->gone() && bytes + int64_t(e->packed.nbytes()) <= kStreamBytes && count < kStreamEntries;
-    bytes += keep ? e->packed.nbytes() : 0, count += keep;
-    e = keep ? std::next(e) : entries.erase(e);
-  }
-  return packed;
+  const auto made = std::make_shared<const PackedWeights>(PackedWeights{packed});
+  keep_packed(weights, key, made);
+  return made;
 }
 
 }  // namespace
 
-bool gru_streams(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
-                 int64_t num_layers, bool bidirectional) {
-  if (x.dim() != 3 || x.size(0) != 1 || x.size(1) != 1 || x.size(2) == 0 || x.scalar_type() != at::kFloat || bidirectional ||
-      (batch_sizes.has_value() && batch_sizes->defined()) || num_layers < 1 || weights.size() % num_layers) {
-    return false;
-  }
-  for (const at::Tensor& w : weights) {
-    if (w.scalar_type() != at::kFloat || w.is_inference() || w.numel() == 0 || w.is_view()) return false;
-  }
-  return true;
+bool recurrent_streams(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
+                       int64_t num_layers, bool bidirectional) {
+  return x.dim() == 3 && x.size(0) >= 1 && x.size(0) < kDotRows && x.size(1) == 1 && x.size(2) > 0 &&
+         !(batch_sizes.has_value() && batch_sizes->defined()) && num_layers >= 1 && weights.size() > 0 &&
+         weights.size() % (num_layers * (bidirectional ? 2 : 1)) == 0 && keeps_packed(weights);
 }
 
-std::optional<std::tuple<at::Tensor, at::Tensor>> gru_stream(const at::Tensor& x, const std::optional<at::Tensor>& h0,
-                                                             at::TensorList weights, int64_t num_layers, int64_t hidden,
-                                                             int64_t in_blocks) {
-  const at::Tensor packed = packed_weights(x, weights, num_layers, hidden, in_blocks);
-  if (!packed.defined()) return std::nullopt;
+std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_stream(const char* op, int64_t gates, const at::Tensor& x,
+                                                                const std::optional<at::Tensor>& h0,
+                                                                const std::optional<at::Tensor>& c0, at::TensorList weights,
+                                                                int64_t num_layers, bool bidirectional, int64_t hidden,
+                                                                int64_t proj, int64_t in_blocks) {
+  const at::ScalarType dtype = x.scalar_type();
+  const StreamKernels run = kernels(dtype, gates);
+  const int64_t directions = bidirectional ? 2 : 1, steps = x.size(0), state = proj ? proj : hidden;
+  const int64_t layout = 1000 + 2 * static_cast<int64_t>(dtype) + (proj != 0);  // apart from those of recurrent_inference
+  const PackedKey key{layout, gates, num_layers, directions, x.size(2), hidden, state, in_blocks, current_isa()};
+  const PackedPointer packed = packed_weights(op, run, key, x, weights, proj);
   RecurrentTensors kept;
-  const int64_t shape[] = {num_layers, 1, hidden};
-  const float* start = static_cast<const float*>(recurrent_dense(kept, "slim_gru", "h0", h0, shape, x));
-  const at::Tensor h_n = at::empty(shape, x.options()), y = at::empty({1, 1, hidden}, x.options());
+  const int64_t h_shape[] = {num_layers * directions, 1, state}, c_shape[] = {num_layers * directions, 1, hidden};
+  const char* h_start = static_cast<const char*>(recurrent_dense(kept, op, "h0", h0, h_shape, x));
+  const char* c_start = static_cast<const char*>(recurrent_dense(kept, op, "c0", c0, c_shape, x));
+  const at::Tensor h_n = at::empty(h_shape, x.options()), y = at::empty({steps, 1, directions * state}, x.options());
+  const at::Tensor c_n = gates == 4 ? at::empty(c_shape, x.options()) : at::Tensor();
   const at::Tensor input = x.contiguous();
-  const int64_t padded = round_up(hidden, 64);
-  float* h = static_cast<float*>(scratch(kScratchB, 3 * padded * sizeof(float)));
-  float *out = h + padded, *spare = out + padded;
-  std::fill_n(h, 3 * padded, 0.0f);
-  const float *w = packed.const_data_ptr<float>(), *given = input.const_data_ptr<float>();
-  int64_t in = x.size(2);
+
+  StreamLayer layer{steps, directions, x.size(2), hidden, state, proj != 0};
+  layer.padded = round_up(std::max(hidden, state), 64);
+  const int64_t width = steps * std::max(x.size(2), directions * state);
+  float* given = static_cast<float*>(scratch(kScratchB, (2 * width + 4 * layer.padded) * sizeof(float)));
+  float* next = given + width;
+  layer.scratch = next + width;
+  run.read(input.const_data_ptr(), input.numel(), given);
+  const char* w = static_cast<const char*>(packed->front().const_data_ptr());
   for (int64_t l = 0; l < num_layers; ++l) {
-    if (start) std::copy_n(start + l * hidden, hidden, h);
-    SK_CALL_ISA(stream_step, w, given, in, h, hidden, out);
-    std::copy_n(out, hidden, h_n.data_ptr<float>() + l * hidden);
-    w += SK_CALL_ISA(stream_floats, in, hidden);
-    given = out, in = hidden;
-    std::swap(out, spare);
+    const int64_t sequences = l * directions * x.element_size();
+    layer.x = given, layer.y = next;
+    layer.h0 = h_start ? h_start + sequences * state : nullptr;
+    layer.c0 = c_start ? c_start + sequences * hidden : nullptr;
+    layer.h_n = static_cast<char*>(h_n.data_ptr()) + sequences * state;
+    layer.c_n = gates == 4 ? static_cast<char*>(c_n.data_ptr()) + sequences * hidden : nullptr;
+    run.layer(layer, w);
+    w += directions * run.bytes(layer.in, hidden, state, layer.projects);
+    layer.in = directions * state;
+    std::swap(given, next);
   }
-  std::copy_n(given, hidden, y.data_ptr<float>());
-  return std::make_tuple(y, h_n);
+  run.write(given, steps * directions * state, y.data_ptr());
+  return {y, h_n, c_n};
 }
 
 }  // namespace slimkernels

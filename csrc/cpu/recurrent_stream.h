@@ -1,23 +1,32 @@
-// Streaming: one step of one sequence a call, float32, no gradients. The active weights of a GRU are packed in the order in
-// which a step reads them, once per version and width, and kept.
+// Streaming: a few steps of one sequence a call, without gradients. The active weights are packed in the order in which a step
+// reads them, once per version and width, and kept (recurrent_cache.h).
 #pragma once
 
 #include "recurrent.h"
 
 namespace slimkernels {
 
-// What is kept of packed weights in all; the entries used least recently go first.
-constexpr int64_t kStreamBytes = int64_t{256} << 20;
-constexpr size_t kStreamEntries = 256;
+// One layer as the kernel sees it (recurrent_stream-inl.h).
+struct StreamLayer {
+  int64_t steps, directions, in, hidden, state;
+  bool projects;
+  const float* x;
+  float* y;
+  const void *h0, *c0;
+  void *h_n, *c_n;  // c_n null without cells
+  float* scratch;
+  int64_t padded;
+};
 
-// Whether these inputs are a streaming step that can be run on packed weights. Views and tensors of inference mode are not
-// packed: they have been made for the call.
-bool gru_streams(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
-                 int64_t num_layers, bool bidirectional);
+// Whether these inputs are so few steps of one sequence, and the packed weights may be kept.
+bool recurrent_streams(const at::Tensor& x, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
+                       int64_t num_layers, bool bidirectional);
 
-// y and h_n, or nothing when the weights are more than is kept.
-std::optional<std::tuple<at::Tensor, at::Tensor>> gru_stream(const at::Tensor& x, const std::optional<at::Tensor>& h0,
-                                                             at::TensorList weights, int64_t num_layers, int64_t hidden,
-                                                             int64_t in_blocks);
+// y, h_n and, of an LSTM (4 gates), c_n.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_stream(const char* op, int64_t gates, const at::Tensor& x,
+                                                                const std::optional<at::Tensor>& h0,
+                                                                const std::optional<at::Tensor>& c0, at::TensorList weights,
+                                                                int64_t num_layers, bool bidirectional, int64_t hidden,
+                                                                int64_t proj, int64_t in_blocks);
 
 }  // namespace slimkernels

@@ -55,8 +55,10 @@ std::tuple<at::Tensor, at::Tensor> slim_gru_inference_cpu(const at::Tensor& x, c
                                                             batch_sizes, num_layers, bidirectional, hidden_size,
                                                             in_blocks);
   }
-  if (gru_streams(x, weights, batch_sizes, num_layers, bidirectional)) {
-    if (auto found = gru_stream(x, h0, weights, num_layers, hidden_size, in_blocks)) return *found;
+  if (recurrent_streams(x, weights, batch_sizes, num_layers, bidirectional)) {
+    auto found = recurrent_stream("slim_gru", 3, x, h0, std::nullopt, weights, num_layers, bidirectional, hidden_size, 0,
+                                  in_blocks);
+    return {std::get<0>(found), std::get<1>(found)};
   }
   auto found = recurrent_inference("slim_gru", 3, x, h0, std::nullopt, weights, batch_sizes, num_layers, bidirectional,
                                    hidden_size, 0, in_blocks, false,

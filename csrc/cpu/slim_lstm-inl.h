@@ -103,7 +103,7 @@ struct LstmCell {
 
 template <typename T, typename C = float>
 void lstm_forward_kernel(const RecurrentLayer& layer, const RecurrentOutputs& out, int64_t d) {
-  if (layer.batch >= kJoinedBatch && layer.rows() >= kDotRows) {
+  if (layer.joins()) {
     recurrent_joined_kernel<LstmCell, T, C>(layer, out, d);
   } else {
     recurrent_forward_kernel<LstmCell, T, C>(layer, out, d);

@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "recurrent.h"
+#include "recurrent_stream.h"
 #include "reference_call.h"
 
 #define SK_INL "slim_lstm-inl.h"
@@ -53,6 +54,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> slim_lstm_inference_cpu(
     return call_reference<decltype(slim_lstm_inference_cpu)>("slimkernels::slim_lstm_inference", x, h0, c0, weights,
                                                              batch_sizes, num_layers, bidirectional, hidden_size,
                                                              proj_size, in_blocks);
+  }
+  if (recurrent_streams(x, weights, batch_sizes, num_layers, bidirectional)) {
+    return recurrent_stream("slim_lstm", 4, x, h0, c0, weights, num_layers, bidirectional, hidden_size, proj_size,
+                            in_blocks);
   }
   return recurrent_inference("slim_lstm", 4, x, h0, c0, weights, batch_sizes, num_layers, bidirectional, hidden_size,
                              proj_size, in_blocks, true, [&](const RecurrentLayer& layer, const RecurrentOutputs& out) {

@@ -32,9 +32,10 @@ def slim_gru(
     backward but computed again there. On a GPU this is one call of cuDNN, on copies of the active slices; it keeps what it
     needs.
 
-    Streaming, which is one sequence and one step a call, in float32 on the CPU and without gradients, reads the active weights
-    from a packed copy, made once per version and width (256 MiB in all are kept, until the weights are gone). A write through
-    ``.data``, which PyTorch does not count, is noticed by the first and last element of each weight.
+    Without gradients on the CPU the active weights are packed once per version and width and the copy is kept (256 MiB in all,
+    until the weights are gone): at the first call where it has fewer than 24 rows (streaming), else from the second on. Weights
+    made in the call, views and those of inference mode are not kept. A write through ``.data``, which PyTorch does not count,
+    is noticed by the first and last element of each weight.
 
     Raises: ValueError when a shape, a width, the batch sizes or the number of weights does not fit, TypeError when
     dtypes differ.
@@ -49,7 +50,7 @@ def slim_gru(
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, state = x.to(dtype), None if state is None else state.to(dtype)
-        weights = [w.to(dtype) for w in weights]
+        weights = [w if w.dtype == dtype else w.to(dtype)[:] for w in weights]  # views: no packed copy is kept
     check_states(op, x, weights, (state,), (h,), num_layers * directions, batch, dropout)
     if used(x):
         return gru(x, state, weights, batch_sizes, num_layers, bidirectional, h, in_blocks, dropout)

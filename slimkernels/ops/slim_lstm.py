@@ -37,6 +37,11 @@ def slim_lstm(
     backward but computed again there. On a GPU this is one call of cuDNN, on copies of the active slices; it keeps what it
     needs.
 
+    Without gradients on the CPU the active weights are packed once per version and width and the copy is kept (256 MiB in all,
+    until the weights are gone): at the first call where it has fewer than 24 rows (streaming), else from the second on. Weights
+    made in the call, views and those of inference mode are not kept. A write through ``.data``, which PyTorch does not count,
+    is noticed by the first and last element of each weight.
+
     Raises: ValueError when a shape, a width, the batch sizes or the number of weights does not fit, TypeError when
     dtypes differ.
     Numerics: 16-bit inputs are multiplied and summed in float32, the cell state is float32 within a call; h is rounded
@@ -55,7 +60,7 @@ def slim_lstm(
     if dtype is not None:
         x = x.to(dtype)
         h0, c0 = (None if t is None else t.to(dtype) for t in (h0, c0))
-        weights = [w.to(dtype) for w in weights]
+        weights = [w if w.dtype == dtype else w.to(dtype)[:] for w in weights]  # views: no packed copy is kept
     check_states(op, x, weights, (h0, c0), (p or h, h), num_layers * directions, batch, dropout)
     if used(x):
         y, h_n, c_n = lstm(x, h0, c0, weights, batch_sizes, num_layers, bidirectional, h, p, in_blocks, dropout)

@@ -5,11 +5,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from slimkernels import elastic
 from slimkernels.elastic.slices import masked
 from slimkernels.nn import SlimLinear, SlimLSTM
+from slimkernels.train import sandwich_step
 from tests.elastic.nets import perturbed
 from tests.elastic.test_recurrent import STEPS, _counted
 from tests.helpers import error
@@ -241,14 +243,25 @@ def test_pickle_save_load_and_deploy(tmp_path):
     assert elastic.cost(loaded, 0.01) == elastic.cost(model, 0.01)
 
 
-def test_sandwich_step_and_search():
+def test_search_finds_a_width_for_each_group():
     net, x, _ = build("bilstm-residual")
     model = convert(net, x, divisor=4, widths=(0.25, 1.0))
     full = elastic.cost(model, 1.0).params
     found = elastic.search(model, lambda m: float(m(x).norm()), max_params=full // 2, method="greedy", per_group=True)
     sub = elastic.extract(model, found.best.width)
     assert sum(p.numel() for p in sub.parameters()) == found.best.params <= full // 2
+
+
+def test_a_sandwich_step_adds_up_the_gradients_of_its_widths():
+    net, x, _ = build("bilstm-residual")
+    model = convert(net, x, divisor=4, widths=(0.25, 1.0))
+    target = torch.zeros_like(model(x))
     for width in (1.0, 0.25, 0.6):
         with elastic.width(model, width):
-            model(x).square().mean().backward()
-    assert all(p.grad is not None for p in model.parameters())
+            F.mse_loss(model(x), target).backward()
+    expected = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    losses = sandwich_step(model, (x, target), F.mse_loss, None, widths=[1.0, 0.25, 0.6], distill=None)
+    assert set(losses) == {1.0, 0.25, 0.6}
+    for key, p in model.named_parameters():
+        assert error(p.grad, expected[key]) < 1e-5, key

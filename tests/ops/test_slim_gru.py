@@ -192,7 +192,7 @@ def test_slim_gru_dropout_between_layers():
     dropped, _ = slim_gru(x, weights, 9, num_layers=2, dropout=0.5)
     torch.manual_seed(3)
     expected, _ = slim_gru(torch.nn.functional.dropout(first, 0.5), weights[4:], 9)
-    assert torch.equal(dropped, expected)
+    assert error(dropped, expected) < 1e-6  # few rows without gradients: other kernels
 
 
 @pytest.mark.parametrize("directions", [1, 2])
