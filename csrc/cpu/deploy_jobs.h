@@ -56,6 +56,8 @@ struct WinogradJob {
   int64_t vectors, tile;  // register tile of the products
   int64_t block, slots, slot_bytes, v_position, m_position;
   bool fetch_weights;  // they are too many for a near cache
+  // Few tiles: `weight` is that of a direct convolution, and the scratch memory holds the inputs of all tiles.
+  bool few;
   Epilogue epilogue;
 };
 

@@ -2,9 +2,14 @@
 
 #include "winograd-inl.h"
 
-// One tile's inputs of all channels to `v`, 36 matrices that lie `position` floats apart. Rows and columns from `rows` and
-// `columns` on are outside the padded image: zeros.
-inline void winograd_scatter(const deploy::WinogradJob& job, const float* x, int64_t rows, int64_t columns, float* v) {
+// Floats between the rows and columns of the 6x6 inputs of a tile, and its vectors of channels.
+struct WinogradSteps {
+  int64_t row, column, vector;
+};
+
+// One tile's inputs of all channels to `v`. Rows and columns from `rows` and `columns` on are outside the padded image: zeros.
+inline void winograd_scatter(const deploy::WinogradJob& job, const float* x, int64_t rows, int64_t columns,
+                             const WinogradSteps& steps, float* v) {
   for (int64_t c = 0; c < job.in_c; c += kLanes) {
     const int n = std::min<int64_t>(kLanes, job.in_c - c);
     vf d[36], t[36];
@@ -28,41 +33,44 @@ inline void winograd_scatter(const deploy::WinogradJob& job, const float* x, int
       vf row[6];
       winograd_input(t + i * 6, 1, row, 1);
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) store(v + (i * 6 + j) * job.v_position + c, row[j]);
+      for (int j = 0; j < 6; ++j) store(v + i * steps.row + j * steps.column + c / kLanes * steps.vector, row[j]);
     }
   }
 }
 
-inline void winograd_gather(const deploy::WinogradJob& job, const float* m, const TileEnd<float>& end, int64_t rows,
-                            int64_t columns, const float* residual, float* y) {
-  for (int64_t c = 0; c < job.out_c; c += kLanes) {
-    const int n = std::min<int64_t>(kLanes, job.out_c - c);
-    vf d[36], t[24];
+// The outputs of one tile and vector of channels from its sums, `position` floats apart.
+inline void winograd_gather(const deploy::WinogradJob& job, const float* m, int64_t position, int64_t c, const TileEnd<float>& end,
+                            int64_t rows, int64_t columns, const float* residual, float* y) {
+  const int n = std::min<int64_t>(kLanes, job.out_c - c);
+  vf d[36], t[24];
 #pragma GCC unroll 36
-    for (int i = 0; i < 36; ++i) d[i] = load(m + i * job.m_position + c);
+  for (int i = 0; i < 36; ++i) d[i] = load(m + i * position);
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j) winograd_output(d + j, 6, t + j, 6);
-    const vf bias = load(end.bias + c);
+  for (int j = 0; j < 6; ++j) winograd_output(d + j, 6, t + j, 6);
+  const vf bias = load(end.bias + c);
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      if (i >= rows) break;
-      vf row[4];
-      winograd_output(t + i * 6, 1, row, 1);
+  for (int i = 0; i < 4; ++i) {
+    if (i >= rows) break;
+    vf row[4];
+    winograd_output(t + i * 6, 1, row, 1);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        if (j >= columns) break;
-        finish(row[j] + bias, end, residual ? residual + i * job.residual.row + j * job.residual.pixel + c : nullptr,
-               y + i * job.y.row + j * job.y.pixel + c, n);
-      }
+    for (int j = 0; j < 4; ++j) {
+      if (j >= columns) break;
+      finish(row[j] + bias, end, residual ? residual + i * job.residual.row + j * job.residual.pixel + c : nullptr,
+             y + i * job.y.row + j * job.y.pixel + c, n);
     }
   }
 }
+
+#include "deploy_winograd_few-inl.h"
 
 inline void winograd_kernel(const deploy::WinogradJob& job, const deploy::Places& at) {
+  if (job.few) return few_winograd_kernel(job, at);
   const int64_t vectors = (job.out_c + kLanes - 1) / kLanes, panels = (vectors + job.vectors - 1) / job.vectors;
   const int64_t down = (job.out_h + 3) / 4, across = (job.out_w + 3) / 4, tiles = job.images * down * across;
   const int64_t in_step = (job.in_c + kLanes - 1) / kLanes * kLanes, out_step = vectors * kLanes;
   const int64_t vector_step = job.in_c * kLanes;
+  const WinogradSteps steps{6 * job.v_position, job.v_position, kLanes};
   const deploy::TapRun run{0, job.in_c, 0};
   alignas(64) static const float zeros[deploy::kMaxVectors * kLanes] = {};
   TileEnd<float> end = tile_end<float>(job.epilogue);
@@ -78,7 +86,7 @@ inline void winograd_kernel(const deploy::WinogradJob& job, const deploy::Places
         for (int64_t t = 0; t < count; ++t) {
           const int64_t image = (begin + t) / (down * across), i = (begin + t) / across % down, j = (begin + t) % across;
           const float* x = (const float*)at.x + image * job.x.image + 4 * i * job.x.row + 4 * j * job.x.pixel;
-          winograd_scatter(job, x, job.out_h + 2 - 4 * i, job.out_w + 2 - 4 * j, v + t * in_step);
+          winograd_scatter(job, x, job.out_h + 2 - 4 * i, job.out_w + 2 - 4 * j, steps, v + t * in_step);
         }
         const int64_t tile = std::min<int64_t>({job.tile, count, tile_limit(job.vectors)});
         for (int64_t position = 0; position < 36; ++position) {
@@ -102,7 +110,9 @@ inline void winograd_kernel(const deploy::WinogradJob& job, const deploy::Places
           float* y = (float*)at.y + image * job.y.image + 4 * i * job.y.row + 4 * j * job.y.pixel;
           const float* residual = residual_at<float>(at, job.residual, image, 4 * i);
           if (residual) residual += 4 * j * job.residual.pixel;
-          winograd_gather(job, m + t * out_step, end, job.out_h - 4 * i, job.out_w - 4 * j, residual, y);
+          for (int64_t c = 0; c < job.out_c; c += kLanes) {
+            winograd_gather(job, m + t * out_step + c, job.m_position, c, end, job.out_h - 4 * i, job.out_w - 4 * j, residual, y);
+          }
         }
       }
     }

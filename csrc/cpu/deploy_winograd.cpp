@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kLeastChannels = 16;
 constexpr int64_t kBlockBytes = 512 * 1024;  // of a block of tiles: their inputs and outputs stay in second-level cache
+constexpr int64_t kFewRegisters = 24;  // of a vector of outputs, 6 positions and 4 tiles
+constexpr double kFewCycles = 160;     // for one input and vector of outputs
 constexpr int64_t kLeastBlock = 56, kMostBlock = 112;  // tiles; fewer would read the weights too often
 
 int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -37,18 +39,22 @@ at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes, at::ScalarType
 
 // Cycles by what was measured on Zen 5: 32 products (of pairs) a cycle, about 110 and 90 cycles for a vector of channels to be
 // brought into the 36 matrices and back (45 and 35 for the 16), and 6 bytes of weights a cycle, which are too many for any near
-// cache.
-bool Planner::pays_winograd(int64_t tiles, int64_t pixels, int64_t in, int64_t out) const {
+// cache. Few tiles take as long for 1 to 4 of them, and read no more weights than the direct form.
+WinogradForm Planner::pick_winograd(int64_t tiles, int64_t pixels, int64_t in, int64_t out) const {
   const int64_t lanes = bound.kernels->lanes, in_vectors = up(in, lanes) / lanes, out_vectors = up(out, lanes) / lanes;
   const bool small = bound.kernels->winograd_outputs == kSmallOutputs;
   const double products = static_cast<double>(in * out_vectors) / 2 / (small ? 2 : 1), matrices = small ? 16 : 36;
   const double direct = static_cast<double>(pixels) * 9 * products;
   const double blocks = std::max<double>(1, static_cast<double>(tiles) / kLeastBlock);
   const double weights = matrices * static_cast<double>(bound.element * in * out_vectors * lanes) * blocks;
-  const double work = static_cast<double>(tiles) * (matrices * products + (small ? 45.0 : 110.0) * static_cast<double>(in_vectors) +
-                                                    (small ? 35.0 : 90.0) * static_cast<double>(out_vectors));
-  const double total = std::max(work, weights / 6 + work / 4);
-  return total < 0.85 * direct;
+  const double moved = static_cast<double>(tiles) * ((small ? 45.0 : 110.0) * static_cast<double>(in_vectors) +
+                                                     (small ? 35.0 : 90.0) * static_cast<double>(out_vectors));
+  const double work = static_cast<double>(tiles) * matrices * products + moved;
+  const double whole = std::max(work, weights / 6 + work / 4);
+  const bool registers = !small && bound.kernels->tile_registers >= kFewRegisters;
+  const double few = registers ? static_cast<double>((tiles + 3) / 4) * kFewCycles * 2 * products + moved : 2 * direct;
+  if (std::min(whole, few) >= 0.85 * direct) return WinogradForm::kNone;
+  return few < whole ? WinogradForm::kFew : WinogradForm::kWhole;
 }
 
 bool Planner::winograd(int index) {
@@ -59,7 +65,8 @@ bool Planner::winograd(int index) {
   if (!w.winograd.defined()) return false;
   const int64_t side = bound.kernels->winograd_outputs, matrices = (side + 2) * (side + 2), lanes = bound.kernels->lanes;
   const int64_t tiles = x.n * (up(y.h, side) / side) * (up(y.w, side) / side);
-  if (!pays_winograd(tiles, y.n * y.h * y.w, x.c, y.c)) return false;
+  const WinogradForm form = pick_winograd(tiles, y.n * y.h * y.w, x.c, y.c);
+  if (form == WinogradForm::kNone) return false;
   WinogradJob job{};
   job.images = x.n, job.out_h = y.h, job.out_w = y.w, job.in_c = x.c, job.out_c = y.c;
   job.x = plane(from), job.y = plane(step.output);
@@ -67,6 +74,21 @@ bool Planner::winograd(int index) {
   job.weight = static_cast<const char*>(w.winograd.const_data_ptr());
   job.epilogue = {step.activation, w.bias.const_data_ptr<float>()};
   const int64_t in = up(x.c, lanes), out = up(y.c, lanes);
+  const int64_t shift = first_pixel(from) - (w.padding[0] * job.x.row + w.padding[1] * job.x.pixel) * bound.element;
+  const auto add = [&](const std::string& says) {
+    plan.scratch_bytes = std::max(plan.scratch_bytes, job.slots * job.slot_bytes);
+    plan.actions.push_back({Runs::kWinograd, static_cast<int>(plan.winograds.size()), from, step.residual, step.output, shift,
+                            first_pixel(step.output), index});
+    plan.winograds.push_back(job);
+    plan.descriptions[index] = says + ", depth " + std::to_string(x.c);
+  };
+  if (form == WinogradForm::kFew) {
+    job.few = true, job.slots = 1, job.slot_bytes = up(tiles, 4) * matrices * in * 4;
+    job.weight = static_cast<const char*>(w.packed.const_data_ptr());
+    job.fetch_weights = 9 * x.c * out * bound.element > kBlockBytes;
+    add("Winograd F(4x4, 3x3), " + std::to_string(tiles) + " tiles, weights transformed as they are read");
+    return true;
+  }
   const int64_t tile_bytes = matrices * (in * bound.element + out * 4);
   const int64_t block = std::clamp<int64_t>(kBlockBytes / tile_bytes, kLeastBlock, kMostBlock);
   const int64_t weight_bytes = matrices * x.c * out * bound.element;
@@ -78,13 +100,7 @@ bool Planner::winograd(int index) {
   job.v_position = job.block * in + 16, job.m_position = job.block * out + 16;
   job.slot_bytes = matrices * (job.v_position * bound.element + job.m_position * 4);
   job.slots = std::min<int64_t>(blocks, at::get_num_threads());
-  plan.scratch_bytes = std::max(plan.scratch_bytes, job.slots * job.slot_bytes);
-  const int64_t shift = first_pixel(from) - (w.padding[0] * job.x.row + w.padding[1] * job.x.pixel) * bound.element;
-  plan.actions.push_back({Runs::kWinograd, static_cast<int>(plan.winograds.size()), from, step.residual, step.output, shift,
-                          first_pixel(step.output), index});
-  plan.winograds.push_back(job);
-  plan.descriptions[index] = std::string(side == 4 ? "Winograd F(4x4, 3x3), " : "Winograd F(2x2, 3x3), ") + std::to_string(job.block) + " tiles at a time, depth " +
-                             std::to_string(x.c);
+  add(std::string(side == 4 ? "Winograd F(4x4, 3x3), " : "Winograd F(2x2, 3x3), ") + std::to_string(job.block) + " tiles at a time");
   return true;
 }
 
