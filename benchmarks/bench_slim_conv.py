@@ -54,7 +54,8 @@ def build(shape: Shape, rank: int, dilation: int, batch: int, dtype: torch.dtype
     modules = [module.to(dtype) for module in (ours, plain, sliced)]
     if rank == 2:
         x = x.contiguous(memory_format=torch.channels_last)
-        modules[1].to(memory_format=torch.channels_last)  # what its owner would do once; a slice of it can't be
+        for module in modules:  # what the owner of a network for channels-last images does once
+            module.to(memory_format=torch.channels_last)
     return Problem(*modules, (x.requires_grad_(),))
 
 

@@ -42,7 +42,8 @@ def build(width: float, c_in: int, c_out: int, size: int, kernel: int, padding: 
         plain.bias.copy_(ours.bias[:active_out])
     x = torch.randn(BATCH, active_in, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
     modules = [module.to(dtype) for module in (ours, plain, sliced)]
-    modules[1].to(memory_format=torch.channels_last)
+    for module in modules:  # what the owner of a network for channels-last images does once
+        module.to(memory_format=torch.channels_last)
     return Problem(*modules, (x.requires_grad_(),))
 
 

@@ -33,5 +33,6 @@ PYBIND11_MODULE(_C, m) {
     return info;
   }, "Compiler, the torch version the extension was built for, and whether OpenMP is on.");
   slimkernels::bind_deploy(m);
+  slimkernels::bind_eager(m);
   slimkernels::bind_train(m);
 }

@@ -133,9 +133,35 @@ inline vf accumulate(const T* x, int64_t n, F f) {
   return (a + b) + (c + d);
 }
 
+// Adds the moments of `planes` segments of `n` elements each, `stride` apart, where some of the same group are known: distances
+// from the mean so far take one pass. What cancels is as large as the distance between the means, which the variance holds too.
+template <typename T>
+void add_further_block(Moments& moments, const T* x, int64_t planes, int64_t stride, int64_t n) {
+  const int64_t full = n / kLanes * kLanes, rest = n - full;
+  const vf centre = splat(static_cast<float>(moments.mean));
+  vf first = splat(0), second = first, first_squares = first, second_squares = first;
+  const auto add = [&](vf v, vf& to, vf& squares) __attribute__((always_inline)) {
+    to = to + v;
+    squares = squares + v * v;
+  };
+  for (int64_t p = 0; p < planes; ++p) {
+    const T* from = x + p * stride;
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= full; i += 2 * kLanes) {
+      add(load(from + i) - centre, first, first_squares);
+      add(load(from + i + kLanes) - centre, second, second_squares);
+    }
+    if (i < full) add(load(from + i) - centre, first, first_squares);
+    if (rest) add(first_lanes(load_tail(from + full, rest) - centre, rest), second, second_squares);
+  }
+  const double count = static_cast<double>(planes * n), off = total(first + second) / count;
+  moments.merge(count, centre[0] + off, std::max(0.0, total(first_squares + second_squares) - count * off * off));
+}
+
 // Mean and squared distances of `planes` segments of `n` elements each, `stride` apart.
 template <typename T>
 void add_block(Moments& moments, const T* x, int64_t planes, int64_t stride, int64_t n) {
+  if (moments.count > 0) return add_further_block(moments, x, planes, stride, n);
   const int64_t full = n / kLanes * kLanes, rest = n - full;
   vf added = splat(0);
   for (int64_t p = 0; p < planes; ++p) {
@@ -157,22 +183,6 @@ void add_block(Moments& moments, const T* x, int64_t planes, int64_t stride, int
   moments.merge(count, mean, total(squares) - count * off * off);
 }
 
-template <typename T>
-Moments plane_moments(const T* x, int64_t samples, int64_t stride, int64_t length) {
-  Moments moments;
-  if (length >= kPiece / 2) {
-    for (int64_t n = 0; n < samples; ++n) {
-      for (int64_t i = 0; i < length; i += kPiece) add_block(moments, x + n * stride + i, 1, 0, std::min(kPiece, length - i));
-    }
-  } else {
-    const int64_t together = kPiece / length;
-    for (int64_t n = 0; n < samples; n += together) {
-      add_block(moments, x + n * stride, std::min(together, samples - n), stride, length);
-    }
-  }
-  return moments;
-}
-
 template <Kind kind, typename T, typename P>
 void normalize(const T* x, const T* residual, T* y, int64_t n, Affine<P> a) {
   const auto at = [&](vf v, vf r, int64_t i) {
@@ -184,9 +194,11 @@ void normalize(const T* x, const T* residual, T* y, int64_t n, Affine<P> a) {
   } else {
     for (; i + kLanes <= n; i += kLanes) store(y + i, at(load(x + i), splat(0), i));
   }
-  if (i < n) {
-    const int64_t rest = n - i;
-    store_tail(y + i, at(load_tail(x + i, rest), residual ? load_tail(residual + i, rest) : splat(0), i), rest);
+  if (i < n && n > kLanes) {  // the last whole vector again: stores of a part are slow
+    i = n - kLanes;
+    store(y + i, at(load(x + i), residual ? load(residual + i) : splat(0), i));
+  } else if (i < n) {
+    store_tail(y, at(load_tail(x, n), residual ? load_tail(residual, n) : splat(0), 0), n);
   }
 }
 
@@ -251,7 +263,10 @@ void dx_segment(const T* dy, const T* x, const T* saved, T* dx, int64_t n, Affin
   for (; i + kLanes <= n; i += kLanes) {
     store(dx + i, at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i));
   }
-  if (i < n) {
+  if (i < n && n > kLanes && dy != dx) {
+    i = n - kLanes;
+    store(dx + i, at(load(dy + i), load(x + i), kSaved ? load(saved + i) : splat(0), i));
+  } else if (i < n) {
     const int64_t rest = n - i;
     const vf s = kSaved ? load_tail(saved + i, rest) : splat(0);
     store_tail(dx + i, at(load_tail(dy + i, rest), load_tail(x + i, rest), s, i), rest);

@@ -6,6 +6,7 @@
 namespace slimkernels {
 
 void bind_deploy(pybind11::module_& m);
+void bind_eager(pybind11::module_& m);
 void bind_train(pybind11::module_& m);
 
 }  // namespace slimkernels

@@ -5,6 +5,26 @@ inline Affine<Splat> plane_affine(const auto& call, int64_t c) {
   return {{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}, call.activation};
 }
 
+// Each block around its own mean: far from zero the gradients need the mean to its last bit.
+template <typename T>
+Moments plane_moments(const T* x, int64_t samples, int64_t stride, int64_t length) {
+  Moments moments;
+  const auto add = [&](const T* from, int64_t planes, int64_t n) {
+    Moments block;
+    add_block(block, from, planes, stride, n);
+    moments.merge(block.count, block.mean, block.m2);
+  };
+  if (length >= kPiece / 2) {
+    for (int64_t n = 0; n < samples; ++n) {
+      for (int64_t i = 0; i < length; i += kPiece) add(x + n * stride + i, 1, std::min(kPiece, length - i));
+    }
+  } else {
+    const int64_t together = kPiece / length;
+    for (int64_t n = 0; n < samples; n += together) add(x + n * stride, std::min(together, samples - n), length);
+  }
+  return moments;
+}
+
 template <typename T>
 void forward_planes(const ForwardCall<T>& call) {
   const auto [rows, samples, channels, length] = call.layout;
@@ -16,7 +36,10 @@ void forward_planes(const ForwardCall<T>& call) {
       std::vector<Affine<Splat>> affine;
       for (int64_t c = 0; c < channels; ++c) affine.push_back(plane_affine(call, c));
       at::parallel_for(0, samples * channels, std::max<int64_t>(1, 32768 / length), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) plane(i / channels, i % channels, affine[i % channels]);
+        for (int64_t i = begin, n = begin / channels, c = begin % channels; i < end; ++i) {
+          plane(n, c, affine[c]);
+          if (++c == channels) c = 0, ++n;
+        }
       });
       return;
     }

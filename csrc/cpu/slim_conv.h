@@ -40,6 +40,9 @@ at::Tensor same_layout(const at::Tensor& residual, const at::Tensor& y);
 // y <- act(y + residual) in place, one pass. y is dense; residual has its shape.
 void add_activate(at::Tensor& y, const MaybeTensor& residual, Activation activation);
 
+// The float sums of dy over everything but its channels.
+at::Tensor channel_sums(const at::Tensor& dy);
+
 // What a backward returns of weight and bias: gradients of the full size, or of the active slice alone.
 enum class GradientSize { kFull, kSlice };
 

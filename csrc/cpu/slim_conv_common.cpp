@@ -4,10 +4,12 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <cstring>
 
 #define SK_INL "slim_conv_epilogue-inl.h"
 #include "foreach_isa.h"
@@ -28,6 +30,61 @@ void check_range(const char* op, const char* name, int64_t active, int64_t full)
 void check_groups(const char* op, const char* name, int64_t channels, int64_t groups) {
   TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0, op, ": expected ", name, " to be a multiple of groups=",
                     groups, ", got ", channels);
+}
+
+// out (out channels, taps, in) <- w (out channels, in, taps), `row` apart; eight bytes of a tap's channels at once.
+template <typename Bits>
+void taps_to_channels_last(const Bits* w, Bits* out, int64_t filters, int64_t row, int64_t channels, int64_t taps) {
+  constexpr int64_t kTogether = sizeof(uint64_t) / sizeof(Bits);
+  for (int64_t o = 0; o < filters; ++o, w += row, out += channels * taps) {
+    int64_t c = 0;
+    for (; c + kTogether <= channels; c += kTogether) {
+      for (int64_t t = 0; t < taps; ++t) {
+        uint64_t together = 0;
+        for (int64_t i = 0; i < kTogether; ++i) together |= static_cast<uint64_t>(w[(c + i) * taps + t]) << (8 * sizeof(Bits) * i);
+        std::memcpy(out + t * channels + c, &together, sizeof(together));
+      }
+    }
+    for (; c < channels; ++c) {
+      for (int64_t t = 0; t < taps; ++t) out[t * channels + c] = w[c * taps + t];
+    }
+  }
+}
+
+// oneDNN takes a slice in the layout of x. PyTorch would copy a contiguous one into channels-last number by number, which for
+// large weights takes as long as the convolution of a small image.
+at::Tensor laid_out(const at::Tensor& w, at::MemoryFormat format, bool transposed) {
+  if (format != at::MemoryFormat::ChannelsLast || transposed || w.dim() != 4) return w;
+  const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3);
+  if (taps == 1 || channels == 1 || w.stride(1) != taps || !w.select(0, 0).is_contiguous()) return w;
+  at::Tensor out = at::empty(w.sizes(), w.options().memory_format(format));
+  if (w.element_size() == 2) {
+    taps_to_channels_last(static_cast<const uint16_t*>(w.const_data_ptr()), static_cast<uint16_t*>(out.data_ptr()), filters,
+                          w.stride(0), channels, taps);
+  } else {
+    taps_to_channels_last(static_cast<const uint32_t*>(w.const_data_ptr()), static_cast<uint32_t*>(out.data_ptr()), filters,
+                          w.stride(0), channels, taps);
+  }
+  return out;
+}
+
+// The leading corner of zeros in one pass, where both lie in memory in the same order; undefined elsewhere.
+at::Tensor in_corner(const at::Tensor& part, const at::Tensor& full) {
+  if (part.scalar_type() != full.scalar_type()) return {};
+  const bool last = full.dim() == 4 && full.is_contiguous(at::MemoryFormat::ChannelsLast) && part.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (!last && !(full.is_contiguous() && part.is_contiguous())) return {};
+  const int64_t taps = full.numel() / (full.size(0) * full.size(1)), bytes = full.element_size();
+  const int64_t rows = part.size(0) * (last ? taps : 1), run = part.size(1) * (last ? 1 : taps) * bytes,
+                step = full.size(1) * (last ? 1 : taps) * bytes;
+  at::Tensor out = at::empty_like(full);
+  char* to = static_cast<char*>(out.data_ptr());
+  const char* from = static_cast<const char*>(part.const_data_ptr());
+  for (int64_t r = 0; r < rows; ++r, to += step, from += run) {
+    std::memcpy(to, from, run);
+    std::memset(to + run, 0, step - run);
+  }
+  std::memset(to, 0, full.numel() * bytes - rows * step);
+  return out;
 }
 
 }  // namespace
@@ -104,15 +161,46 @@ void add_activate(at::Tensor& y, const MaybeTensor& residual, Activation activat
   }));
 }
 
+at::Tensor channel_sums(const at::Tensor& dy) {
+  const bool pixels = dy.dim() == 4 && dy.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (!pixels || !conv_takes(dy)) {
+    c10::DimVector others = {0};
+    for (int64_t d = 2; d < dy.dim(); ++d) others.push_back(d);
+    return at::sum(dy, others, false, at::kFloat);
+  }
+  at::Tensor sums = at::empty({dy.size(1)}, dy.options().dtype(at::kFloat));
+  AT_DISPATCH_SWITCH(dy.scalar_type(), "channel_sums", SK_CASES_F32_BF16_F16([&] {
+    SK_CALL_ISA(channel_sums_kernel, dy.const_data_ptr<scalar_t>(), dy.numel() / dy.size(1), dy.size(1), dy.size(1),
+                sums.data_ptr<float>());
+  }));
+  return sums;
+}
+
 at::Tensor sized_gradient(const at::Tensor& part, const at::Tensor& full, GradientSize size) {
   if (size == GradientSize::kSlice) return part.to(full.scalar_type()).contiguous();
+  if (part.sizes() == full.sizes()) {
+    const bool as_is = part.strides() == full.strides() && part.scalar_type() == full.scalar_type();
+    return as_is ? part : at::empty_like(full).copy_(part);
+  }
+  if (at::Tensor out = in_corner(part, full); out.defined()) return out;
   at::Tensor out = at::zeros_like(full);
   out.narrow(0, 0, part.size(0)).narrow(1, 0, part.size(1)).copy_(part);
   return out;
 }
 
 at::Tensor sized_bias_gradient(const at::Tensor& sums, int64_t active, int64_t full, at::ScalarType dtype, GradientSize size) {
-  at::Tensor out = at::zeros({size == GradientSize::kSlice ? active : full}, sums.options().dtype(dtype));
+  if (sums.size(0) == (size == GradientSize::kSlice ? active : full) && active == sums.size(0) && sums.scalar_type() == dtype) {
+    return sums;
+  }
+  const int64_t entries = size == GradientSize::kSlice ? active : full;
+  if (sums.scalar_type() == dtype && sums.is_contiguous()) {
+    at::Tensor out = at::empty({entries}, sums.options());
+    const size_t bytes = active * sums.element_size(), rest = (entries - active) * sums.element_size();
+    std::memcpy(out.data_ptr(), sums.const_data_ptr(), bytes);
+    std::memset(static_cast<char*>(out.data_ptr()) + bytes, 0, rest);
+    return out;
+  }
+  at::Tensor out = at::zeros({entries}, sums.options().dtype(dtype));
   out.narrow(0, 0, active).copy_(sums.narrow(0, 0, active));
   return out;
 }
@@ -121,7 +209,7 @@ at::Tensor conv_through_aten(const at::Tensor& x, const at::Tensor& w, const May
                              Activation activation, const MaybeTensor& residual, at::MemoryFormat format) {
   const int64_t n = g.transposed ? w.size(1) * g.groups : w.size(0);
   const MaybeTensor b = bias ? MaybeTensor(bias->narrow(0, 0, n)) : MaybeTensor();
-  at::Tensor y = at::convolution(x, w, b, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
+  at::Tensor y = at::convolution(x, laid_out(w, format, g.transposed), b, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups)
                      .contiguous(format);
   add_activate(y, residual, activation);
   return y;
@@ -131,7 +219,7 @@ ThreeTensors conv_backward_through_aten(const at::Tensor& dy, const at::Tensor& 
                                         const at::Tensor& w, int64_t full_bias, const ConvGeometry& g, bool need_dx,
                                         bool need_dw, bool need_db, GradientSize size) {
   auto [dx, dw, db] =
-      at::convolution_backward(dy, x, w, at::IntArrayRef{dy.size(1)}, g.stride, g.padding, g.dilation, g.transposed,
+      at::convolution_backward(dy, x, laid_out(w, conv_format(x, weight), g.transposed), at::IntArrayRef{dy.size(1)}, g.stride, g.padding, g.dilation, g.transposed,
                                g.output_padding, g.groups, {need_dx, need_dw, need_db});
   dx = need_dx ? dx.contiguous(conv_format(x, weight)) : at::empty({0}, dy.options());
   dw = need_dw ? sized_gradient(dw, weight, size) : at::empty({0}, dy.options());

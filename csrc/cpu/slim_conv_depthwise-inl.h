@@ -11,31 +11,39 @@ inline std::pair<int64_t, int64_t> inside(const DepthwiseLine& line, int64_t siz
   return {std::min(begin, end), end};
 }
 
-template <typename T>
+// The first n of kLanes channels, 0 in the other lanes; all of them when kWhole.
+template <bool kWhole, typename T>
 inline vf load_some(const T* p, int n) {
-  return n == kLanes ? load(p) : load_first(p, n);
+  if constexpr (kWhole) return load(p);
+#if defined(SK_AVX512)
+  const __mmask16 mask = (__mmask16)((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return (vf)_mm512_maskz_loadu_ps(mask, p);
+  const __m256i h = _mm256_maskz_loadu_epi16(mask, p);
+  if constexpr (std::is_same_v<T, c10::Half>) return (vf)_mm512_cvtph_ps(h);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+#else
+  return load_first(p, n);
+#endif
 }
 
 // dw (taps of one kernel row, at stride `padded`) += sum over U-fold pixels of x * dy.
-template <int K, int U, typename T>
+template <int K, int U, bool kWhole, typename T>
 inline void depthwise_gradient_row(const T* x, int64_t tap_step, int64_t x_step, const T* dy, int64_t dy_step,
                                    int64_t pixels, int n, float* dw, int64_t padded) {
   vf acc[K][U] = {};
   int64_t j = 0;
-  if (n == kLanes) {
-    for (; j + U <= pixels; j += U) {
+  for (; j + U <= pixels; j += U) {
 #pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        const vf grad = load(dy + (j + u) * dy_step);
+    for (int u = 0; u < U; ++u) {
+      const vf grad = load_some<kWhole>(dy + (j + u) * dy_step, n);
 #pragma GCC unroll 8
-        for (int k = 0; k < K; ++k) acc[k][u] += grad * load(x + (j + u) * x_step + k * tap_step);
-      }
+      for (int k = 0; k < K; ++k) acc[k][u] += grad * load_some<kWhole>(x + (j + u) * x_step + k * tap_step, n);
     }
   }
   for (; j < pixels; ++j) {
-    const vf grad = load_some(dy + j * dy_step, n);
+    const vf grad = load_some<kWhole>(dy + j * dy_step, n);
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) acc[k][0] += grad * load_some(x + j * x_step + k * tap_step, n);
+    for (int k = 0; k < K; ++k) acc[k][0] += grad * load_some<kWhole>(x + j * x_step + k * tap_step, n);
   }
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) {
@@ -46,60 +54,72 @@ inline void depthwise_gradient_row(const T* x, int64_t tap_step, int64_t x_step,
   }
 }
 
-template <typename T>
+template <bool kWhole, typename T>
 inline void depthwise_gradient_taps(int64_t taps, const T* x, int64_t tap_step, int64_t x_step, const T* dy,
                                     int64_t dy_step, int64_t pixels, int n, float* dw, int64_t padded) {
   for (; taps >= 7; taps -= 7, x += 7 * tap_step, dw += 7 * padded) {
-    depthwise_gradient_row<7, 1>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+    depthwise_gradient_row<7, 1, kWhole>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
   }
   for (; taps >= 5; taps -= 5, x += 5 * tap_step, dw += 5 * padded) {
-    depthwise_gradient_row<5, 2>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+    depthwise_gradient_row<5, 2, kWhole>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
   }
   for (; taps >= 3; taps -= 3, x += 3 * tap_step, dw += 3 * padded) {
-    depthwise_gradient_row<3, 4>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+    depthwise_gradient_row<3, 4, kWhole>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
   }
   for (; taps > 0; --taps, x += tap_step, dw += padded) {
-    depthwise_gradient_row<1, 4>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+    depthwise_gradient_row<1, 4, kWhole>(x, tap_step, x_step, dy, dy_step, pixels, n, dw, padded);
+  }
+}
+
+// One vector of channels, from c on, of one image's row i.
+template <bool kWhole, typename T>
+inline void depthwise_gradient_vector(const DepthwiseGradient& conv, const T* x, const T* dy, float* dw, float* db, int64_t image,
+                                      int64_t i, int64_t c, int64_t first, int64_t last) {
+  const int64_t padded = (conv.channels + 15) / 16 * 16;
+  const DepthwiseLine &row = conv.row, &column = conv.column;
+  const int64_t taps = column.taps.size();
+  const int64_t tap_step = (taps > 1 ? column.taps[1].offset - column.taps[0].offset : 0) * conv.in_stride_w;
+  const int64_t x_step = column.in_step * conv.in_stride_w, dy_step = conv.dy_stride_w;
+  const int n = std::min<int64_t>(kLanes, conv.channels - c);
+  const T* grads = dy + image * conv.dy_stride_n + i * conv.dy_stride_h + c;
+  vf total = {};
+  for (int64_t j = 0; j < column.count; ++j) total += load_some<kWhole>(grads + j * dy_step, n);
+  store(db + c, load(db + c) + total);
+  for (const DepthwiseTap& ty : row.taps) {
+    const int64_t y = i * row.in_step + ty.offset;
+    if (y < 0 || y >= conv.in_h) continue;
+    const T* values = x + image * conv.in_stride_n + y * conv.in_stride_h + c;
+    float* to = dw + ty.kernel * conv.kernel_w * padded + c;
+    if (last > first) {
+      depthwise_gradient_taps<kWhole>(taps, values + first * x_step + column.taps[0].offset * conv.in_stride_w, tap_step, x_step,
+                                      grads + first * dy_step, dy_step, last - first, n, to, padded);
+    }
+    for (int64_t j = 0; j < column.count; ++j) {
+      if (j == first) j = last;
+      if (j >= column.count) break;
+      const vf grad = load_some<kWhole>(grads + j * dy_step, n);
+      for (const DepthwiseTap& tx : column.taps) {
+        const int64_t at = j * column.in_step + tx.offset;
+        if (at < 0 || at >= conv.in_w) continue;
+        float* sum = to + tx.kernel * padded;
+        store(sum, load(sum) + load_some<kWhole>(values + at * conv.in_stride_w, n) * grad);
+      }
+    }
   }
 }
 
 // dw (taps, padded channels) and db (padded channels), float32, zero on entry.
 template <typename T>
 void depthwise_gradient_kernel(const DepthwiseGradient& conv, const T* x, const T* dy, float* dw, float* db) {
-  const int64_t padded = (conv.channels + 15) / 16 * 16;
-  const DepthwiseLine &row = conv.row, &column = conv.column;
-  const auto [first, last] = inside(column, conv.in_w);
-  const int64_t taps = column.taps.size();
-  const int64_t tap_step = (taps > 1 ? column.taps[1].offset - column.taps[0].offset : 0) * conv.in_stride_w;
-  const int64_t x_step = column.in_step * conv.in_stride_w, dy_step = conv.dy_stride_w;
-  at::parallel_for(0, (conv.channels + kLanes - 1) / kLanes, 1, [&](int64_t begin, int64_t end) {
+  const auto [first, last] = inside(conv.column, conv.in_w);
+  at::parallel_for(0, (conv.channels + kLanes - 1) / kLanes, 1, [&, first = first, last = last](int64_t begin, int64_t end) {
     for (int64_t image = 0; image < conv.images; ++image) {
-      for (int64_t i = 0; i < row.count; ++i) {
+      for (int64_t i = 0; i < conv.row.count; ++i) {
         for (int64_t c = begin * kLanes; c < std::min(end * kLanes, conv.channels); c += kLanes) {
-          const int n = std::min<int64_t>(kLanes, conv.channels - c);
-          const T* grads = dy + image * conv.dy_stride_n + i * conv.dy_stride_h + c;
-          vf total = {};
-          for (int64_t j = 0; j < column.count; ++j) total += load_some(grads + j * dy_step, n);
-          store(db + c, load(db + c) + total);
-          for (const DepthwiseTap& ty : row.taps) {
-            const int64_t y = i * row.in_step + ty.offset;
-            if (y < 0 || y >= conv.in_h) continue;
-            const T* values = x + image * conv.in_stride_n + y * conv.in_stride_h + c;
-            float* to = dw + ty.kernel * conv.kernel_w * padded + c;
-            if (last > first) {
-              depthwise_gradient_taps(taps, values + first * x_step + column.taps[0].offset * conv.in_stride_w,
-                                      tap_step, x_step, grads + first * dy_step, dy_step, last - first, n, to, padded);
-            }
-            for (int64_t j = 0; j < column.count; ++j) {
-              if (j == first) j = last;
-              if (j >= column.count) break;
-              for (const DepthwiseTap& tx : column.taps) {
-                const int64_t at = j * column.in_step + tx.offset;
-                if (at < 0 || at >= conv.in_w) continue;
-                float* sum = to + tx.kernel * padded;
-                store(sum, load(sum) + load_some(values + at * conv.in_stride_w, n) * load_some(grads + j * dy_step, n));
-              }
-            }
+          if (conv.channels - c >= kLanes) {
+            depthwise_gradient_vector<true>(conv, x, dy, dw, db, image, i, c, first, last);
+          } else {
+            depthwise_gradient_vector<false>(conv, x, dy, dw, db, image, i, c, first, last);
           }
         }
       }

@@ -3,6 +3,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #define SK_INL "slim_conv_depthwise-inl.h"
 #include "foreach_isa.h"

@@ -1,5 +1,7 @@
 """Slimmable convolutions and transposed convolutions."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,7 +93,7 @@ class _SlimConv(_SlimConvBase):
         residual: Tensor | None = None,  # the output's shape
     ) -> Tensor:  # (B, width, *spatial) or (width, *spatial)
         weight, bias = self.weight, self.bias
-        groups = self._active_groups(x.shape[-weight.dim() + 1])
+        groups = 1 if self.groups == 1 else self._active_groups(x.shape[-weight.dim() + 1])
         if self.in_index is not None:
             if self.groups == 1:
                 weight = weight.index_select(1, self.in_index)
@@ -110,7 +112,7 @@ class _SlimConv(_SlimConvBase):
             x,
             weight,
             bias,
-            self.width,
+            self._width.shape[0],
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
@@ -129,17 +131,12 @@ class _SlimConvTranspose(_SlimConvBase, nn.modules.conv._ConvTransposeNd):
     ) -> Tensor:  # (B, width, *spatial) or (width, *spatial)
         weight, bias = self.weight, self.bias
         spatial = weight.dim() - 2
-        groups = self._active_groups(x.shape[-spatial - 1])
-        padding = [p for p in self.padding if isinstance(p, int)]  # never a string here; torch types it as one
-        output_padding = self._output_padding(
-            x,
-            output_size,
-            list(self.stride),
-            padding,
-            list(self.kernel_size),
-            spatial,
-            list(self.dilation),
-        )
+        groups = 1 if self.groups == 1 else self._active_groups(x.shape[-spatial - 1])
+        output_padding: Sequence[int] = self.output_padding
+        if output_size is not None:
+            stride, kernel, dilation = list(self.stride), list(self.kernel_size), list(self.dilation)
+            padding = [p for p in self.padding if isinstance(p, int)]  # never a string here; torch types it as one
+            output_padding = self._output_padding(x, output_size, stride, padding, kernel, spatial, dilation)
         if self.in_index is not None:
             weight = weight.index_select(0, self.in_index)
             if self.groups > 1 and bias is not None:
@@ -151,9 +148,9 @@ class _SlimConvTranspose(_SlimConvBase, nn.modules.conv._ConvTransposeNd):
             x,
             weight,
             bias,
-            self.width,
+            self._width.shape[0],
             stride=self.stride,
-            padding=padding,
+            padding=self.padding,  # type: ignore[arg-type]
             output_padding=output_padding,
             dilation=self.dilation,
             groups=groups,

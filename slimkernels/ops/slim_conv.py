@@ -18,11 +18,14 @@ from slimkernels.ops._common import (
     grad_needed,
     on_gpu,
 )
+from slimkernels.ops._eager import eager
 from slimkernels.ops._recipes import recipe_of
 from slimkernels.ops._slots import cast_slice, deposit, slot_of, stand_in
 from slimkernels.ops.activation import activation as apply_activation
 from slimkernels.ops.activation import activation_grad
 from slimkernels.reference import slim_conv as reference
+
+_eager = eager("slim_conv")
 
 
 def slim_conv(
@@ -61,6 +64,9 @@ def slim_conv(
     Source: Yu et al., Slimmable Neural Networks (arXiv 1812.08928), section 3.
     """
     op = "slim_conv"
+    y = _eager(x, weight, bias, out_channels, stride, padding, dilation, groups, activation, residual)
+    if y is not None:
+        return y
     spatial = check_ranks(op, x, weight, activation)
     n = weight.shape[0] if out_channels is None else out_channels
     channels = x.shape[-spatial - 1]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._common import OUTPUT_ACTIVATIONS, autograd, check_shape, define, on_gpu
+from slimkernels.ops._eager import eager
 from slimkernels.ops.activation import activation_grad
 from slimkernels.ops.slim_conv import (
     check_groups,
@@ -18,6 +19,8 @@ from slimkernels.ops.slim_conv import (
 )
 from slimkernels.reference import slim_conv_transpose as reference
 from slimkernels.reference.slim_conv import conv_memory_format
+
+_eager = eager("slim_conv_transpose")
 
 
 def slim_conv_transpose(
@@ -47,6 +50,11 @@ def slim_conv_transpose(
     Source: Yu et al., Slimmable Neural Networks (arXiv 1812.08928), section 3.
     """
     op = "slim_conv_transpose"
+    y = _eager(
+        *(x, weight, bias, out_channels, stride, padding, output_padding, dilation, groups, activation, residual)
+    )
+    if y is not None:
+        return y
     spatial = check_ranks(op, x, weight, activation)
     channels = x.shape[-spatial - 1]
     check_range(op, "x's channels", channels, weight.shape[0])

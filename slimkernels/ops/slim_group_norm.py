@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._common import autograd, define, on_gpu
+from slimkernels.ops._eager import eager
 from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
 from slimkernels.reference import slim_group_norm as reference
 from slimkernels.reference.slim_batch_norm import statistics_dtype
+
+_eager = eager("slim_group_norm")
 
 
 def slim_group_norm(
@@ -35,6 +38,9 @@ def slim_group_norm(
     Source: Wu and He, Group Normalization (arXiv 1803.08494); Yu et al. (arXiv 1812.08928) for slimming.
     """
     op = "slim_group_norm"
+    y = _eager(x, weight, bias, group_size, eps, activation, residual)
+    if y is not None:
+        return y
     check_norm(op, x, 1, activation, weight=weight, bias=bias)
     if group_size < 1:
         raise ValueError(f"{op}: expected group_size of at least 1, got {group_size}")

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._common import autograd, define, on_gpu
+from slimkernels.ops._eager import eager
 from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
 from slimkernels.reference import slim_layer_norm as reference
 from slimkernels.reference.slim_batch_norm import statistics_dtype
+
+_eager = eager("slim_layer_norm")
 
 
 def slim_layer_norm(
@@ -31,6 +34,9 @@ def slim_layer_norm(
     Source: Ba et al., Layer Normalization (arXiv 1607.06450).
     """
     op = "slim_layer_norm"
+    y = _eager(x, weight, bias, eps, activation, residual)
+    if y is not None:
+        return y
     check_norm(op, x, -1, activation, weight=weight, bias=bias)
     residual = checked_residual(op, x, residual)
     y, _, _ = torch.ops.slimkernels.slim_layer_norm.default(x, weight, bias, eps, activation, residual)

@@ -15,10 +15,13 @@ from slimkernels.ops._common import (
     grad_needed,
     on_gpu,
 )
+from slimkernels.ops._eager import eager
 from slimkernels.ops._slots import cast_slice, deposit, slot_of, stand_in
 from slimkernels.ops.activation import activation as apply_activation
 from slimkernels.ops.activation import activation_grad
 from slimkernels.reference import slim_linear as reference
+
+_eager = eager("slim_linear")
 
 
 def slim_linear(
@@ -48,6 +51,9 @@ def slim_linear(
     Source: Yu et al., Slimmable Neural Networks (arXiv 1812.08928), section 3.
     """
     op = "slim_linear"
+    y = _eager(x, weight, bias, out_features, in_blocks, out_blocks, activation, residual)
+    if y is not None:
+        return y
     check_float(op, x)
     check_activation(op, activation)
     if weight.dim() != 2:

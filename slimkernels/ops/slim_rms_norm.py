@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from slimkernels.ops._common import autograd, define, on_gpu
+from slimkernels.ops._eager import eager
 from slimkernels.ops._norm import check_norm, checked_residual, empty_or, saved_for_activation
 from slimkernels.ops.slim_layer_norm import contiguous_like
 from slimkernels.reference import slim_rms_norm as reference
 from slimkernels.reference.slim_batch_norm import statistics_dtype
+
+_eager = eager("slim_rms_norm")
 
 
 def slim_rms_norm(
@@ -30,6 +33,9 @@ def slim_rms_norm(
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
     """
     op = "slim_rms_norm"
+    y = _eager(x, weight, eps, activation, residual)
+    if y is not None:
+        return y
     check_norm(op, x, -1, activation, weight=weight)
     residual = checked_residual(op, x, residual)
     if eps is None:
