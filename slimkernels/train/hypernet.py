@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels.elastic.plan import Width
-from slimkernels.train._common import autocast, call, device_of, eval_mode, map_tensors, move, split_batch
+from slimkernels.train._common import autocast, call, device_of, map_tensors, move, split_batch
 from slimkernels.train.data import iter_is_self
 from slimkernels.train.distill import Distillation, distillation
 from slimkernels.train.evaluate import Metric, evaluate
@@ -56,8 +56,8 @@ class HypernetTrainer(Trainer):
         rule: as in ``sandwich_step``, or a ``WidthSampler``; None: the mode's.
         distill: `kl`, `ce`, `alpha`, a function, or None; "mode": the mode's. A student's loss is
             ``distill_weight * distillation + (1 - distill_weight) * loss_fn``.
-        teacher: "full": the generated network at full width, which learns from the targets; "pretrained": the target with
-            its own weights, in evaluation mode, for every width.
+        teacher: "full": the generated network at full width, which learns from the targets; "pretrained": a copy of the
+            target as it is now, in evaluation mode, for every width.
         weight_norm, reconstruction: weights of these losses; None: the mode's.
         reconstruction_steps, reconstruction_lr: of ``hyper.reconstruct`` before the first step (of each block).
         samples: noisy samples that a training step averages.
@@ -102,6 +102,7 @@ class HypernetTrainer(Trainer):
         calibration_batches: int | None = 32,
         **options: Any,
     ) -> None:
+        from slimkernels import elastic
         from slimkernels.hyper import WeightGenerator
 
         if not isinstance(generator, WeightGenerator):
@@ -133,6 +134,9 @@ class HypernetTrainer(Trainer):
         self.mode, self.loss_fn, self.metrics = mode, loss_fn, metrics
         self.distill = distillation(defaults["distill"] if distill == "mode" else distill, temperature)
         self.teacher, self.distill_weight = teacher, distill_weight
+        # A network of its own: what the target shares with the widths is trained, its batch-norm statistics among it.
+        own = teacher == "pretrained"
+        self.pretrained: Any = elastic.extract(generator.target, 1.0).eval() if own else None
         self.weight_norm = defaults["weight_norm"] if weight_norm is None else weight_norm
         self.reconstruction = defaults["reconstruction"] if reconstruction is None else reconstruction
         self.reconstruction_steps, self.reconstruction_lr = reconstruction_steps, reconstruction_lr
@@ -198,15 +202,11 @@ class HypernetTrainer(Trainer):
     @torch.no_grad()
     def _teach(self, inputs: Any) -> Any:
         """The output that the widths learn from, where no width of the step gives it."""
-        from slimkernels import elastic
-
         with autocast(self.generator, self.amp):
             if self.teacher == "full":
                 weights = self.generator(1.0, self.samples, blocks=self._blocks())
                 return self.generator.call(inputs, 1.0, weights)
-            target = self.generator.target
-            with eval_mode(target), elastic.width(target, 1.0):
-                return call(target, inputs)
+            return call(self.pretrained, inputs)
 
     def _on_weights(self, weights: Mapping[str, Tensor], width: float) -> Tensor | float:
         """The losses on the generated weights themselves."""

@@ -219,6 +219,18 @@ def test_a_teacher_for_rules_without_the_full_width(teacher):
     torch.testing.assert_close(t.training_step([batch])[0.5], expected)
 
 
+def test_the_pretrained_teacher_stays_as_it_is():
+    gen = generator(folded=False, tensors="[23].conv1.weight", train_base=True)
+    gen.train_extras("[23].bn.*")
+    x = stripes(8, 3).tensors[0]
+    with elastic.width(gen.target.eval(), 1.0):
+        expected = gen.target(x).detach()
+    gen.target.train()
+    t, _ = trainer(gen, teacher="pretrained")
+    t.fit(steps=3)
+    torch.testing.assert_close(t._teach(x), expected)
+
+
 @pytest.mark.parametrize("base", [None, "residual"])
 def test_blocks_are_trained_one_after_another(base):
     gen = generator(tensors=["2", "3"], blocks=["2", "3"], base=base)
