@@ -139,10 +139,11 @@ class Run:
 
     def alone(self, names: dict[str, int], how: str) -> None:
         options, whole = self.options, self.left()
-        chosen = [name for name in names if options.wants(name) and name not in self.done]
+        chosen = [name for name in names if options.wants(name)]
         if options.dry:  # one small network stands for all
             small = [name for name in chosen if name.startswith("network ")][:1]
             chosen = [name for name in chosen if not name.startswith("network ") or name in small]
+        chosen = [name for name in chosen if name not in self.done]
         # A dry run times nothing: on a busy machine it may take what it needs. A few steps have all the time.
         seconds = {n: whole if options.dry or n in LAST else options.longer(names[n]) for n in chosen}
         if options.only and not options.dry and chosen:

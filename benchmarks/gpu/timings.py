@@ -110,6 +110,7 @@ def time_ops(session: Session) -> str:
             if session.dry and (item.compiled or item.op in done):
                 continue
             if not session.todo(item.name):
+                done.add(item.op)
                 continue
             if session.dry and not small_enough(item.case.build()):
                 continue
