@@ -122,6 +122,8 @@ class ConvNorm : public torch::autograd::Function<ConvNorm> {
     if (kept->need_norm_bias) found[3] = deposit(kept->slots.norm_bias, dnorm_bias, *norm_bias);
     if (kept->need_residual) found[4] = plain ? grads[0] : dresidual;
     kept->again.reset();  // every other use of the output is over
+    output.reset();
+    added.reset();
     if (kept->need_x || kept->need_weight) {
       const at::Tensor x = kept->x_from.is_valid() ? value_of(kept->x_from) : saved[0];
       auto [dx, dw, db] = slim_conv_backward_cpu<GradientSize::kSlice>(dbetween, x, used, o.stride, o.padding, o.dilation,
