@@ -159,6 +159,11 @@ def rows_of_networks(one_thread: bool = True) -> list[Row]:
     return [row for row in rows if (row["threads"] == "1") == one_thread]
 
 
+def loads(rows: list[Row]) -> str:
+    ends = sorted({float(row["load"]) for row in rows})
+    return str(ends[0]) if len(ends) == 1 else f"{ends[0]} to {ends[-1]}"
+
+
 def workloads(rows: list[Row]) -> dict[tuple[str, str, str], list[Row]]:
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
@@ -225,7 +230,7 @@ def page() -> str:
         lines += [
             f"Written by `python -m benchmarks.deploy_page` from the rows of `python -m benchmarks.run deploy`: {first['run']}"
             f" run of {first['date']}, commits {commits}, {first['machine']}, {first['isa']},"
-            f" {first['threads']} thread, torch {first['torch']}, load {first['load']} as it began (other work ran beside"
+            f" {first['threads']} thread, torch {first['torch']}, load {loads(rows)} as it began (other work ran beside"
             " it: times are CPU time, and only ratios within one interleaved run mean anything).",
             "",
             "Peer's time over ours: `plain` is the extracted network in eager PyTorch, channels-last; `slice` the usual"
