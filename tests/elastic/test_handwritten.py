@@ -56,7 +56,7 @@ EXPECTED: dict[str, tuple[set[str], dict[str, str]]] = {
     "positions": ({"embed", "m.0"}, {}),
     "outer": ({"out.0.0", "out.0.2"}, {"a": "of another dimension", "b": "of another dimension"}),
     "chosen": ({"a", "m.0"}, {"m.2": "aten.topk.default, which is not followed"}),
-    "weight-norm": ({"2.0", "2.2"}, {"0": "computed (parametrization or weight norm)"}),
+    "weight-norm": ({"2.0", "2.2"}, {"0": "its weight is computed"}),
     "by-name": ({"first", "second"}, {}),
     "pyramid": ({"a"}, {}),
 }
