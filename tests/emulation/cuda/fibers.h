@@ -308,6 +308,9 @@ inline void prepare(Fiber& f, unsigned linear, dim3 block, unsigned char* stack)
   f.stack = stack, f.state = State::kReady, f.linear = linear, f.fake_stack = nullptr;
   f.index = {linear % block.x, linear / block.x % block.y, linear / block.x / block.y};
   f.open.clear(), f.groups.clear();
+#ifdef EMULATOR_ASAN
+  __asan_unpoison_memory_region(stack, kStack);  // the fiber before ended without returning from its frames
+#endif
   void** top = reinterpret_cast<void**>(stack + kStack - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&enter_fiber);

@@ -27,7 +27,7 @@ FLAGS = (
     "-std=c++20 -g -mf16c -fPIC -fno-strict-aliasing -fno-gnu-unique"
     " -Wall -Wextra -Wno-unknown-pragmas -Wno-unused-parameter -Wno-sign-compare -Werror"
 )
-SANITIZERS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SANITIZERS = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "elu", "relu6", "hardswish", "tanh", "sigmoid")
 SCHEDULES = (0, 1, 7)
