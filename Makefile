@@ -19,7 +19,7 @@ EMULATED = emulate-ahead-of-time emulate-cuda emulate-simulated emulate-interpre
 help:
 	@echo 'make demo   a pre-trained network becomes slimmable: table, plot and checkpoint in runs/demo'
 	@echo 'make test   linters, the test suite, and the ops once more on their PyTorch references'
-	@echo 'make test-gpu-emulated  all proofs of the GPU kernels that need no GPU'
+	@echo 'make test-gpu-emulated  all proofs of the GPU kernels that need no GPU: 55 minutes of CPU time'
 	@echo 'make lint   ruff and mypy'
 	@echo 'make bench  times every op on this machine and brings the README up to date'
 	@echo 'make gpu    on a machine with an NVIDIA GPU: builds, tests and times all there (runs/gpu); elsewhere a dry run'
