@@ -6,11 +6,17 @@
 #include "recurrent_gates-inl.h"
 
 template <typename T>
-inline void store_some(T* p, vf v, int64_t n) {
+__attribute__((noinline, cold)) void store_rest(T* p, vf v, int64_t n) {
+  if (n > 0) store_first(p, v, n);
+}
+
+// In line, but for the end of a row: a call between products (recurrent_joined-inl.h) would put all their sums into memory.
+template <typename T>
+inline __attribute__((always_inline)) void store_some(T* p, vf v, int64_t n) {
   if (n >= kLanes) {
     store(p, v);
-  } else if (n > 0) {
-    store_first(p, v, n);
+  } else {
+    store_rest(p, v, n);
   }
 }
 
