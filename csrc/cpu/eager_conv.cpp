@@ -2,26 +2,20 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <pybind11/gil.h>
-#include <torch/csrc/autograd/custom_function.h>
 
-#include "eager.h"
+#include "eager_product.h"
 #include "slim_conv.h"
 
 namespace slimkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 using Numbers = at::IntArrayRef;
 
-struct ConvCall : torch::CustomClassHolder {
+struct ConvCall : ProductCall {
   c10::DimVector stride, padding, output_padding, dilation;
   int64_t out_channels, groups, full_bias;  // full_bias: 0 without one
-  bool transposed, has_residual;
-  std::string activation;
+  bool transposed;
 };
-
-using ConvCallPtr = c10::intrusive_ptr<ConvCall>;
 
 at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, const ConvCall& c) {
   static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&, int64_t, Numbers, Numbers, Numbers, int64_t,
@@ -53,36 +47,6 @@ ThreeTensors run_backward(const at::Tensor& dz, const at::Tensor& x, const at::T
                       : call(conv, dz, x, weight, Numbers(c.stride), Numbers(c.padding), Numbers(c.dilation), c.groups, need_dx,
                              need_dw, need_db);
 }
-
-class EagerConv : public torch::autograd::Function<EagerConv> {
- public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
-                            const MaybeTensor& residual, ConvCallPtr call) {
-    const at::Tensor y = run(x, weight, bias, residual, *call);
-    ctx->save_for_backward({x, weight, call->activation == "none" ? at::Tensor() : y});
-    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list found(5);
-    if (!grads[0].defined()) return found;
-    const auto call = c10::static_intrusive_pointer_cast<ConvCall>(ctx->saved_data["call"].toCapsule());
-    const bool has_bias = call->full_bias > 0;
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor dz = activation_gradient(grads[0], saved[2], parse_activation("slim_conv", call->activation), call->activation);
-    const bool need_dx = ctx->needs_input_grad(0), need_dw = ctx->needs_input_grad(1);
-    const bool need_db = has_bias && ctx->needs_input_grad(2);
-    if (need_dx || need_dw || need_db) {
-      auto [dx, dw, db] = run_backward(dz, saved[0], saved[1], *call, need_dx, need_dw, need_db);
-      if (need_dx) found[0] = dx;
-      if (need_dw) found[1] = dw;
-      if (need_db) found[2] = db;
-    }
-    if (call->has_residual && ctx->needs_input_grad(has_bias ? 3 : 2)) found[3] = dz;
-    return found;
-  }
-};
 
 // Whether everything has the sizes and dtypes that the public function asks for.
 bool fits(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, const ConvCall& c) {
@@ -128,6 +92,7 @@ std::optional<at::Tensor> eager(Arguments& args, bool transposed) {
   const MaybeTensor residual = args.maybe_tensor();
   if (!args.ok) return std::nullopt;
   call->out_channels = out_channels.value_or(transposed ? weight.size(1) * call->groups : weight.size(0));
+  call->has_bias = bias.has_value();
   call->full_bias = bias ? bias->size(0) : 0;
   call->has_residual = residual.has_value();
   const std::optional<Activation> activation = find_activation(name);
@@ -137,7 +102,7 @@ std::optional<at::Tensor> eager(Arguments& args, bool transposed) {
   if (recorded && !derivative_uses_output(*activation)) return std::nullopt;
   RECORD_FUNCTION(transposed ? "slimkernels::slim_conv_transpose" : "slimkernels::slim_conv", c10::ArrayRef<const c10::IValue>());
   const pybind11::gil_scoped_release released;
-  return recorded ? EagerConv::apply(x, weight, bias, residual, std::move(call)) : run(x, weight, bias, residual, *call);
+  return recorded ? EagerProduct<ConvCall>::apply(x, weight, bias, residual, std::move(call)) : run(x, weight, bias, residual, *call);
 }
 
 }  // namespace

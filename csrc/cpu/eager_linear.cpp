@@ -2,26 +2,19 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
 #include <pybind11/gil.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <tuple>
 
-#include "eager.h"
+#include "eager_product.h"
 
 namespace slimkernels {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-struct LinearCall : torch::CustomClassHolder {
+struct LinearCall : ProductCall {
   int64_t out_features, in_blocks, out_blocks;
-  bool has_bias, has_residual;
-  std::string activation;
 };
-
-using LinearCallPtr = c10::intrusive_ptr<LinearCall>;
 
 at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, const LinearCall& c) {
   static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&, int64_t, int64_t, int64_t, c10::string_view,
@@ -40,35 +33,6 @@ Gradients run_backward(const at::Tensor& dz, const at::Tensor& x, const at::Tens
   const at::AutoDispatchBelowADInplaceOrView below;
   return kernel(dz, x, weight, c.in_blocks, c.out_blocks, need_dx, need_dw, need_db);
 }
-
-class EagerLinear : public torch::autograd::Function<EagerLinear> {
- public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
-                            const MaybeTensor& residual, LinearCallPtr call) {
-    const at::Tensor y = run(x, weight, bias, residual, *call);
-    ctx->save_for_backward({x, weight, call->activation == "none" ? at::Tensor() : y});
-    ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
-    return y;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list found(5);
-    if (!grads[0].defined()) return found;
-    const auto call = c10::static_intrusive_pointer_cast<LinearCall>(ctx->saved_data["call"].toCapsule());
-    const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor dz = activation_gradient(grads[0], saved[2], parse_activation("slim_linear", call->activation), call->activation);
-    const bool need_dx = ctx->needs_input_grad(0), need_dw = ctx->needs_input_grad(1);
-    const bool need_db = call->has_bias && ctx->needs_input_grad(2);
-    if (need_dx || need_dw || need_db) {
-      auto [dx, dw, db] = run_backward(dz, saved[0], saved[1], *call, need_dx, need_dw, need_db);
-      if (need_dx) found[0] = dx;
-      if (need_dw) found[1] = dw;
-      if (need_db) found[2] = db;
-    }
-    if (call->has_residual && ctx->needs_input_grad(call->has_bias ? 3 : 2)) found[3] = dz;
-    return found;
-  }
-};
 
 bool is_blocks(int64_t active, int64_t full, int64_t blocks) {
   return blocks >= 1 && full % blocks == 0 && active >= 1 && active <= full && active % blocks == 0;
@@ -104,7 +68,7 @@ std::optional<at::Tensor> eager_linear(Arguments& args) {
   if (recorded && !derivative_uses_output(*activation)) return std::nullopt;  // the public function keeps the input
   RECORD_FUNCTION("slimkernels::slim_linear", c10::ArrayRef<const c10::IValue>());
   const pybind11::gil_scoped_release released;
-  return recorded ? EagerLinear::apply(x, weight, bias, residual, std::move(call)) : run(x, weight, bias, residual, *call);
+  return recorded ? EagerProduct<LinearCall>::apply(x, weight, bias, residual, std::move(call)) : run(x, weight, bias, residual, *call);
 }
 
 }  // namespace slimkernels
