@@ -25,7 +25,7 @@ bool is_usual(PyObject* value) {
   if (!THPVariable_CheckExact(value)) return false;
   const at::Tensor& t = THPVariable_Unpack(value);
   const auto dtype = t.scalar_type();
-  return holds_only(t.key_set(), kUsualTensor) && t.is_cpu() && t.numel() > 0 &&
+  return holds_only(t.key_set(), kUsualTensor) && t.is_cpu() && t.numel() > 0 && !t._fw_grad(0).defined() &&
          (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf);
 }
 

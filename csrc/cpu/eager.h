@@ -19,7 +19,7 @@ namespace slimkernels {
 using MaybeTensor = std::optional<at::Tensor>;
 
 // Reads the arguments of a call one after the other. `ok` turns false at one that is not usual (None where a tensor is needed, a
-// subclass, another device, float64, a symbolic integer): the public function then goes its long way, which also tells what is
+// subclass, another device, float64, one with a tangent, a symbolic integer): the public function then goes its long way, which also tells what is
 // wrong with it.
 class Arguments {
  public:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from slimkernels.cuda_kernels import reason_missing as cuda_missing
 from slimkernels.triton_kernels import reason_missing as triton_missing
@@ -72,6 +73,7 @@ def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
     node: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
 
     def choose(keyset, *inputs):
+        check_no_tangents(name, *inputs)
         needed = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
         return node.apply(keyset, *inputs) if needed else below(keyset, *inputs)
 
@@ -108,6 +110,14 @@ def on_gpu(name: str, *modules: str) -> None:
 def check_activation(op: str, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_no_tangents(op: str, *values: Any) -> None:
+    """Without this, PyTorch drops what forward-mode differentiation asks for and calls the derivative zero."""
+    if forward_ad._current_level >= 0:
+        for value in values:
+            if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                raise NotImplementedError(f"{op}: expected inputs without tangents (forward-mode derivatives), got one")
 
 
 def check_float(op: str, x: Tensor) -> None:

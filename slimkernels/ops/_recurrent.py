@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from slimkernels.ops._common import check_float, check_same_dtype_device, check_shape
+from slimkernels.ops._common import check_float, check_no_tangents, check_same_dtype_device, check_shape
 
 
 def check_layers(
@@ -117,6 +117,7 @@ def check_states(
     batch: int,
     dropout: float,
 ) -> None:
+    check_no_tangents(op, x, *weights, *states)
     for name, state, size in zip(("h0", "c0"), states, state_sizes, strict=False):
         if state is not None:
             check_shape(op, name, state, (all_layers, batch, size))

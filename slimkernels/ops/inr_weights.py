@@ -12,6 +12,7 @@ from slimkernels.ops._common import (
     autocast_dtype,
     autograd,
     check_activation,
+    check_no_tangents,
     check_same_dtype_device,
     check_shape,
     define,
@@ -123,6 +124,7 @@ def inr_weights(
     if result not in FLOAT_DTYPES:
         raise TypeError(f"inr_weights: expected dtype float32, float64, bfloat16 or float16, got {result}")
     check_bases(bases, tensors, active, result, parameters.w_in.device)
+    check_no_tangents("inr_weights", *parameters, scale, *bases)
     cast = autocast_dtype(parameters.w_in)
     if cast is not None and parameters.w_in.dtype != torch.float64:
         parameters = InrParameters(*(t.to(cast) for t in parameters))

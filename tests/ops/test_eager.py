@@ -1,11 +1,14 @@
 """The short way of usual calls gives what the long way gives, and leaves to it all that is not usual."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from slimkernels import hyper, nn
 from slimkernels._extension import cpp_available
 from slimkernels.ops._eager import eager
 from slimkernels.ops._recipes import recomputed_outputs
@@ -181,3 +184,34 @@ def test_eager_takes_no_argument_of_another_kind():
     ]:
         assert run(*usual[:place], value, *usual[place + 1 :]) is None
     assert run(*usual[:5]) is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # make_dual's own
+@pytest.mark.parametrize("needs", [True, False])
+@pytest.mark.parametrize("op", [*CALLS, "SlimLSTM", "SlimGRU"])
+def test_forward_mode_is_refused(op, needs):
+    if op in CALLS:
+        make, options = CALLS[op]
+        tensors = {name: t.detach().requires_grad_(needs and t.requires_grad) for name, t in make().items()}
+        function = getattr(importlib.import_module(f"slimkernels.ops.{op}"), op)
+        x = tensors.pop("x")
+        run = partial(function, **tensors, **options)
+    else:
+        run, x = getattr(nn, op)(4, 4).requires_grad_(needs), torch.randn(3, 2, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="expected inputs without tangents"):
+            run(dual)
+    run(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # make_dual's own
+def test_weight_generation_refuses_forward_mode():
+    generator = hyper.WeightGenerator(
+        torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)), example_inputs=torch.randn(2, 4)
+    )
+    name, parameter = next(iter(generator.networks.named_parameters()))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(parameter.detach(), torch.ones_like(parameter))
+        with pytest.raises(NotImplementedError, match="inr_weights: expected inputs without tangents"):
+            torch.func.functional_call(generator, {f"networks.{name}": dual}, (1.0,))
