@@ -1,5 +1,5 @@
 """``python -m benchmarks.merge_hyper NAME RUN...``: tables of several runs of ``slimkernels train hyper`` (seeds, or arms run
-apart) as ``results/hyper/NAME.csv``, with their plot.
+apart) as ``results/hyper/NAME.csv``, with their plot. Without a run the plot is drawn again.
 """
 
 import argparse
@@ -39,14 +39,15 @@ def merged(tables: list[list[results.Row]]) -> list[results.Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
     arguments = parser.parse_args()
+    table = FOLDER / f"{arguments.name}.csv"
     tables = []
-    for run in arguments.runs:
-        with (run / "table.csv").open(newline="") as file:
+    for path in [run / "table.csv" for run in arguments.runs] or [table]:
+        with path.open(newline="") as file:
             tables.append(list(csv.DictReader(file)))
     rows = merged(tables)
-    results.write_csv(rows, FOLDER / f"{arguments.name}.csv")
+    results.write_csv(rows, table)
     last = rows[-1]
     title = f"{last['network']} on {last['data']}, {last['steps']} steps an arm"
     plot([row for row in rows if not row["samples"]], FOLDER / f"{arguments.name}.svg", title)

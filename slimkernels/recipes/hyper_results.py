@@ -101,7 +101,7 @@ def plot(rows: Sequence[results.Row], path: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise RuntimeError("plot: matplotlib is not installed; type 'pip install matplotlib'") from None
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for arm, measured in by_arm(rows).items():
@@ -124,5 +124,5 @@ def plot(rows: Sequence[results.Row], path: Path, title: str) -> None:
     axes.set_ylabel("test accuracy")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)  # arms end anywhere in the plot
     figure.savefig(path, metadata={"Date": None})
