@@ -205,6 +205,7 @@ class _SlimCell(SlimModule, nn.RNNCellBase):
     def _arguments(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         if x.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: expected input to have 1 or 2 dimensions, got {tuple(x.shape)}")
+        # A view of the copy: what is made anew in each call is not kept packed.
         w_ih = self.weight_ih if self.in_index is None else self.weight_ih.index_select(1, self.in_index)[:]
         weights = [w_ih, self.weight_hh]
         if self.bias:
