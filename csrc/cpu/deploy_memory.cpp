@@ -1,5 +1,5 @@
-// Memory of deployed networks. Weights are read once a call, and a tile touches a page of activations for every few pixels: in
-// small pages much of the time goes to finding them.
+// Memory of deployed networks. Weights are read once a call, and a tile touches a page of activations for every few
+// pixels: in small pages much of the time goes to finding them.
 #include <ATen/ops/empty.h>
 
 #if defined(__linux__)
@@ -23,7 +23,9 @@ at::Tensor large_pages(int64_t bytes) {
 
 void gather_weights(std::vector<Weights>& weights) {
   constexpr int64_t kLine = 64;
-  const auto room = [](const at::Tensor& t) { return t.defined() ? (static_cast<int64_t>(t.nbytes()) + kLine - 1) / kLine * kLine : 0; };
+  const auto room = [](const at::Tensor& t) {
+    return t.defined() ? (static_cast<int64_t>(t.nbytes()) + kLine - 1) / kLine * kLine : 0;
+  };
   int64_t bytes = 0, done = 0;
   for (const Weights& w : weights) bytes += room(w.packed) + room(w.winograd) + room(w.stem);
   if (!bytes) return;
@@ -31,7 +33,8 @@ void gather_weights(std::vector<Weights>& weights) {
   for (Weights& w : weights) {
     for (at::Tensor* t : {&w.packed, &w.winograd, &w.stem}) {
       if (!t->defined()) continue;
-      const at::Tensor place = all.narrow(0, done, static_cast<int64_t>(t->nbytes())).view(t->scalar_type()).view(t->sizes());
+      const at::Tensor place =
+          all.narrow(0, done, static_cast<int64_t>(t->nbytes())).view(t->scalar_type()).view(t->sizes());
       place.copy_(*t);
       done += room(*t);
       *t = place;

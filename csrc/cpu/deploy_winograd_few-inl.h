@@ -1,6 +1,6 @@
-// Winograd's F(4x4, 3x3) for few tiles and many channels, where reading 36 numbers of weights in place of 9 would take longer than
-// the products: the weights are transformed as they are read, for the 6 positions of a row at a time, whose sums of up to 4
-// tiles stay in registers. Included by deploy_winograd-inl.h.
+// Winograd's F(4x4, 3x3) for few tiles and many channels, where reading 36 numbers of weights in place of 9 would take
+// longer than the products: the weights are transformed as they are read, for the 6 positions of a row at a time, whose
+// sums of up to 4 tiles stay in registers. Included by deploy_winograd-inl.h.
 
 constexpr int kFewTiles = 4;
 
@@ -91,18 +91,25 @@ inline void few_winograd_kernel(const deploy::WinogradJob& job, const deploy::Pl
         const float* from = v + group * group_step;
         const float* ahead = job.fetch_weights && !begin && vector + 1 < stop ? weight + vector_step : nullptr;
         switch (count) {
-          case 1: few_sums<1>(from, row_step(count), weight, job.in_c, ahead, m); break;
-          case 2: few_sums<2>(from, row_step(count), weight, job.in_c, ahead, m); break;
-          case 3: few_sums<3>(from, row_step(count), weight, job.in_c, ahead, m); break;
-          default: few_sums<4>(from, row_step(count), weight, job.in_c, ahead, m);
+          case 1:
+            few_sums<1>(from, row_step(count), weight, job.in_c, ahead, m);
+            break;
+          case 2:
+            few_sums<2>(from, row_step(count), weight, job.in_c, ahead, m);
+            break;
+          case 3:
+            few_sums<3>(from, row_step(count), weight, job.in_c, ahead, m);
+            break;
+          default:
+            few_sums<4>(from, row_step(count), weight, job.in_c, ahead, m);
         }
         for (int64_t t = 0; t < count; ++t) {
           const int64_t tile = begin + t, image = tile / (down * across), i = tile / across % down, j = tile % across;
           float* y = (float*)at.y + image * job.y.image + 4 * i * job.y.row + 4 * j * job.y.pixel;
           const float* residual = residual_at<float>(at, job.residual, image, 4 * i);
           if (residual) residual += 4 * j * job.residual.pixel;
-          winograd_gather(job, m + t * kLanes, count * kLanes, vector * kLanes, end, job.out_h - 4 * i, job.out_w - 4 * j,
-                          residual, y);
+          winograd_gather(job, m + t * kLanes, count * kLanes, vector * kLanes, end, job.out_h - 4 * i,
+                          job.out_w - 4 * j, residual, y);
         }
       }
     }

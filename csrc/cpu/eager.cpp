@@ -1,5 +1,4 @@
 #include "eager.h"
-#include "eager_batch_norm.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
@@ -9,6 +8,7 @@
 
 #include <utility>
 
+#include "eager_batch_norm.h"
 #include "python.h"
 
 namespace slimkernels {
@@ -19,7 +19,9 @@ constexpr c10::DispatchKeySet kUsualTensor({c10::DispatchKey::CPU, c10::Dispatch
                                             c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
 
 // The difference of two sets would keep the backends.
-bool holds_only(c10::DispatchKeySet keys, c10::DispatchKeySet usual) { return (keys.raw_repr() & ~usual.raw_repr()) == 0; }
+bool holds_only(c10::DispatchKeySet keys, c10::DispatchKeySet usual) {
+  return (keys.raw_repr() & ~usual.raw_repr()) == 0;
+}
 
 bool is_usual(PyObject* value) {
   if (!THPVariable_CheckExact(value)) return false;
@@ -110,10 +112,11 @@ std::string_view Arguments::name() {
 
 std::optional<Activation> find_activation(std::string_view name) {
   constexpr std::pair<std::string_view, Activation> kNames[] = {
-      {"none", Activation::kNone}, {"relu", Activation::kRelu},   {"gelu", Activation::kGelu},
-      {"silu", Activation::kSilu}, {"relu6", Activation::kRelu6}, {"gelu_tanh", Activation::kGeluTanh},
-      {"elu", Activation::kElu},   {"tanh", Activation::kTanh},   {"sigmoid", Activation::kSigmoid},
-      {"hardswish", Activation::kHardswish}};
+      {"none", Activation::kNone},       {"relu", Activation::kRelu},
+      {"gelu", Activation::kGelu},       {"silu", Activation::kSilu},
+      {"relu6", Activation::kRelu6},     {"gelu_tanh", Activation::kGeluTanh},
+      {"elu", Activation::kElu},         {"tanh", Activation::kTanh},
+      {"sigmoid", Activation::kSigmoid}, {"hardswish", Activation::kHardswish}};
   for (const auto& [known, activation] : kNames) {
     if (known == name) return activation;
   }
@@ -130,8 +133,10 @@ bool records_now() {
   return at::GradMode::is_enabled() && !c10::impl::tls_is_dispatch_key_excluded(c10::DispatchKey::AutogradCPU);
 }
 
-at::Tensor activation_gradient(const at::Tensor& dy, const at::Tensor& output, Activation activation, c10::string_view name) {
-  static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view)> kernel("slimkernels::activation_backward");
+at::Tensor activation_gradient(const at::Tensor& dy, const at::Tensor& output, Activation activation,
+                               c10::string_view name) {
+  static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, c10::string_view)> kernel(
+      "slimkernels::activation_backward");
   if (activation == Activation::kNone) return dy;
   return at::GradMode::is_enabled() ? kernel.recorded(dy, output, name) : kernel(dy, output, name);
 }

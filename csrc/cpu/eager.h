@@ -1,12 +1,12 @@
-// Usual calls of the ops from Python, checked and recorded for autograd here. What the public functions do in Python for the
-// same costs as much as a small layer's kernel, and several times more once the layer before has emptied the caches.
+// Usual calls of the ops from Python, checked and recorded for autograd here. What the public functions do in Python
+// for the same costs as much as a small layer's kernel, and several times more once the layer before has emptied the
+// caches.
 #pragma once
-
-#include <torch/csrc/python_headers.h>
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
+#include <torch/csrc/python_headers.h>
 
 #include <cstdint>
 #include <optional>
@@ -18,9 +18,9 @@ namespace slimkernels {
 
 using MaybeTensor = std::optional<at::Tensor>;
 
-// Reads the arguments of a call one after the other. `ok` turns false at one that is not usual (None where a tensor is needed, a
-// subclass, another device, float64, one with a tangent, a symbolic integer): the public function then goes its long way, which also tells what is
-// wrong with it.
+// Reads the arguments of a call one after the other. `ok` turns false at one that is not usual (None where a tensor is
+// needed, a subclass, another device, float64, one with a tangent, a symbolic integer): the public function then goes
+// its long way, which also tells what is wrong with it.
 class Arguments {
  public:
   Arguments(PyObject* const* args, Py_ssize_t count) : next_(args), end_(args + count) {}
@@ -61,7 +61,8 @@ inline MaybeTensor maybe(const at::Tensor& t) { return t.defined() ? MaybeTensor
 template <typename Signature>
 class Kernel {
  public:
-  explicit Kernel(const char* name) : op_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
+  explicit Kernel(const char* name)
+      : op_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
   template <typename... Args>
   auto operator()(Args&&... args) const {
     return op_.redispatch(c10::DispatchKeySet(c10::DispatchKey::CPU), std::forward<Args>(args)...);
@@ -80,7 +81,8 @@ class Kernel {
 std::optional<Activation> find_activation(std::string_view name);
 
 // Gradient at the input of the activation, from its output.
-at::Tensor activation_gradient(const at::Tensor& dy, const at::Tensor& output, Activation activation, c10::string_view name);
+at::Tensor activation_gradient(const at::Tensor& dy, const at::Tensor& output, Activation activation,
+                               c10::string_view name);
 
 // Bodies of the functions that eager.cpp binds: the output, or nothing when the call is not usual.
 std::optional<at::Tensor> eager_conv(Arguments& args);

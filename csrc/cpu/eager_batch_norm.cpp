@@ -1,3 +1,5 @@
+#include "eager_batch_norm.h"
+
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
@@ -7,8 +9,6 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
-
-#include "eager_batch_norm.h"
 
 namespace slimkernels {
 namespace {
@@ -39,22 +39,23 @@ at::Tensor run(T x, M mean, M var, M weight, M bias, M residual, BatchNormCall& 
   return y;
 }
 
-Gradients run_backward(T dy, T x, M weight, M bias, M output, M residual, const BatchNormCall& c, bool need_dx, bool need_dw, bool need_db,
-                       bool need_dresidual) {
+Gradients run_backward(T dy, T x, M weight, M bias, M output, M residual, const BatchNormCall& c, bool need_dx,
+                       bool need_dw, bool need_db, bool need_dresidual) {
   static const Kernel<Gradients(T, T, T, T, M, M, M, M, bool, double, Text, bool, bool, bool, bool)> kernel(
       "slimkernels::slim_batch_norm_backward");
   if (at::GradMode::is_enabled()) {
-    return kernel.recorded(dy, x, c.mean, c.var, weight, bias, output, residual, c.training, c.eps, c.activation, need_dx, need_dw,
-                           need_db, need_dresidual);
+    return kernel.recorded(dy, x, c.mean, c.var, weight, bias, output, residual, c.training, c.eps, c.activation,
+                           need_dx, need_dw, need_db, need_dresidual);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
-  return kernel(dy, x, c.mean, c.var, weight, bias, output, residual, c.training, c.eps, c.activation, need_dx, need_dw, need_db,
-                need_dresidual);
+  return kernel(dy, x, c.mean, c.var, weight, bias, output, residual, c.training, c.eps, c.activation, need_dx, need_dw,
+                need_db, need_dresidual);
 }
 
 class EagerBatchNorm : public torch::autograd::Function<EagerBatchNorm> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, T x, M mean, M var, M weight, M bias, M residual, BatchNormCallPtr call) {
+  static at::Tensor forward(AutogradContext* ctx, T x, M mean, M var, M weight, M bias, M residual,
+                            BatchNormCallPtr call) {
     const at::Tensor y = run(x, mean, var, weight, bias, residual, *call);
     // Without a residual the activation's input comes from x.
     at::Tensor output, added;
@@ -76,8 +77,9 @@ class EagerBatchNorm : public torch::autograd::Function<EagerBatchNorm> {
     const auto needed = [&](bool given) { return given && ctx->needs_input_grad(next++); };
     const bool need_dx = ctx->needs_input_grad(0), need_dw = needed(call->has_weight), need_db = needed(call->has_bias);
     const bool need_dresidual = needed(call->has_residual), plain = call->activation == "none";
-    auto [dx, dw, db, dresidual] = run_backward(grads[0], kept[0], maybe(kept[1]), maybe(kept[2]), maybe(kept[3]), maybe(kept[4]), *call,
-                                                need_dx, need_dw, need_db, need_dresidual && !plain);
+    auto [dx, dw, db, dresidual] =
+        run_backward(grads[0], kept[0], maybe(kept[1]), maybe(kept[2]), maybe(kept[3]), maybe(kept[4]), *call, need_dx,
+                     need_dw, need_db, need_dresidual && !plain);
     if (need_dx) found[0] = dx;
     if (need_dw) found[3] = dw;
     if (need_db) found[4] = db;
@@ -110,17 +112,20 @@ void update(M running, T batch, double momentum, double factor) {
 
 std::optional<at::Tensor> eager_batch_norm(Arguments& args) {
   const at::Tensor x = args.tensor();
-  const MaybeTensor mean = args.maybe_tensor(), var = args.maybe_tensor(), weight = args.maybe_tensor(), bias = args.maybe_tensor();
+  const MaybeTensor mean = args.maybe_tensor(), var = args.maybe_tensor(), weight = args.maybe_tensor(),
+                    bias = args.maybe_tensor();
   auto call = c10::make_intrusive<BatchNormCall>();
   const double momentum = args.number(std::numeric_limits<double>::quiet_NaN());  // None: on given statistics
   call->training = !std::isnan(momentum);
   call->eps = args.number(0.0);
   const std::string_view name = args.name();
   const MaybeTensor residual = args.maybe_tensor();
-  if (!args.ok || x.dim() < 2 || mean.has_value() != var.has_value() || !(mean || call->training) || !find_activation(name)) {
+  if (!args.ok || x.dim() < 2 || mean.has_value() != var.has_value() || !(mean || call->training) ||
+      !find_activation(name)) {
     return std::nullopt;
   }
-  if (!fits(x, weight) || !fits(x, bias) || !fits(x, mean) || !fits(x, var) || !is_plain(mean) || !is_plain(var)) return std::nullopt;
+  if (!fits(x, weight) || !fits(x, bias) || !fits(x, mean) || !fits(x, var) || !is_plain(mean) || !is_plain(var))
+    return std::nullopt;
   if (residual && (residual->sizes() != x.sizes() || residual->scalar_type() != x.scalar_type())) return std::nullopt;
   const double count = static_cast<double>(x.numel() / x.size(1));
   if (call->training && count < 2) return std::nullopt;

@@ -17,39 +17,43 @@ struct ConvCall : ProductCall {
   bool transposed;
 };
 
-at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, const ConvCall& c) {
-  static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&, int64_t, Numbers, Numbers, Numbers, int64_t,
-                                 c10::string_view, const MaybeTensor&)>
+at::Tensor run(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+               const ConvCall& c) {
+  static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&, int64_t, Numbers, Numbers,
+                                 Numbers, int64_t, c10::string_view, const MaybeTensor&)>
       conv("slimkernels::slim_conv");
-  static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&, int64_t, Numbers, Numbers, Numbers, Numbers,
-                                 int64_t, c10::string_view, const MaybeTensor&)>
+  static const Kernel<at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&, int64_t, Numbers, Numbers,
+                                 Numbers, Numbers, int64_t, c10::string_view, const MaybeTensor&)>
       transposed("slimkernels::slim_conv_transpose");
   const at::AutoDispatchBelowADInplaceOrView below;
-  return c.transposed ? transposed(x, weight, bias, c.out_channels, c.stride, c.padding, c.output_padding, c.dilation, c.groups,
-                                   c.activation, residual)
-                      : conv(x, weight, bias, c.out_channels, c.stride, c.padding, c.dilation, c.groups, c.activation, residual);
+  return c.transposed
+             ? transposed(x, weight, bias, c.out_channels, c.stride, c.padding, c.output_padding, c.dilation, c.groups,
+                          c.activation, residual)
+             : conv(x, weight, bias, c.out_channels, c.stride, c.padding, c.dilation, c.groups, c.activation, residual);
 }
 
-ThreeTensors run_backward(const at::Tensor& dz, const at::Tensor& x, const at::Tensor& weight, const ConvCall& c, bool need_dx, bool need_dw, bool need_db) {
-  static const Kernel<ThreeTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, Numbers, Numbers, Numbers, int64_t, bool,
-                                   bool, bool)>
+ThreeTensors run_backward(const at::Tensor& dz, const at::Tensor& x, const at::Tensor& weight, const ConvCall& c,
+                          bool need_dx, bool need_dw, bool need_db) {
+  static const Kernel<ThreeTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, Numbers, Numbers, Numbers,
+                                   int64_t, bool, bool, bool)>
       conv("slimkernels::slim_conv_backward");
-  static const Kernel<ThreeTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, Numbers, Numbers, Numbers,
-                                   Numbers, int64_t, bool, bool, bool)>
+  static const Kernel<ThreeTensors(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, Numbers, Numbers,
+                                   Numbers, Numbers, int64_t, bool, bool, bool)>
       transposed("slimkernels::slim_conv_transpose_backward");
   const auto call = [&](const auto& kernel, const auto&... args) {
     if (at::GradMode::is_enabled()) return kernel.recorded(args...);
     const at::AutoDispatchBelowADInplaceOrView below;
     return kernel(args...);
   };
-  return c.transposed ? call(transposed, dz, x, weight, c.full_bias, Numbers(c.stride), Numbers(c.padding), Numbers(c.output_padding),
-                             Numbers(c.dilation), c.groups, need_dx, need_dw, need_db)
-                      : call(conv, dz, x, weight, Numbers(c.stride), Numbers(c.padding), Numbers(c.dilation), c.groups, need_dx,
-                             need_dw, need_db);
+  return c.transposed ? call(transposed, dz, x, weight, c.full_bias, Numbers(c.stride), Numbers(c.padding),
+                             Numbers(c.output_padding), Numbers(c.dilation), c.groups, need_dx, need_dw, need_db)
+                      : call(conv, dz, x, weight, Numbers(c.stride), Numbers(c.padding), Numbers(c.dilation), c.groups,
+                             need_dx, need_dw, need_db);
 }
 
 // Whether everything has the sizes and dtypes that the public function asks for.
-bool fits(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, const ConvCall& c) {
+bool fits(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+          const ConvCall& c) {
   const int64_t channels = x.size(1), n = c.out_channels, groups = c.groups;
   if (groups < 1 || channels % groups != 0 || n % groups != 0) return false;
   if (c.transposed ? channels > weight.size(0) : channels / groups > weight.size(1)) return false;
@@ -57,8 +61,8 @@ bool fits(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias
   if (n < 1 || n > most) return false;
   if (bias && (bias->dim() != 1 || (c.transposed ? bias->size(0) < n : bias->size(0) != weight.size(0)))) return false;
   if (weight.scalar_type() != x.scalar_type() || (bias && bias->scalar_type() != x.scalar_type())) return false;
-  if (residual && (residual->dim() != x.dim() || residual->scalar_type() != x.scalar_type() || residual->size(0) != x.size(0) ||
-                   residual->size(1) != n)) {
+  if (residual && (residual->dim() != x.dim() || residual->scalar_type() != x.scalar_type() ||
+                   residual->size(0) != x.size(0) || residual->size(1) != n)) {
     return false;
   }
   for (int64_t d = 0; d < x.dim() - 2; ++d) {
@@ -100,9 +104,11 @@ std::optional<at::Tensor> eager(Arguments& args, bool transposed) {
   call->activation = name;
   const bool recorded = is_recorded(x, weight, bias, residual);
   if (recorded && !derivative_uses_output(*activation)) return std::nullopt;
-  RECORD_FUNCTION(transposed ? "slimkernels::slim_conv_transpose" : "slimkernels::slim_conv", c10::ArrayRef<const c10::IValue>());
+  RECORD_FUNCTION(transposed ? "slimkernels::slim_conv_transpose" : "slimkernels::slim_conv",
+                  c10::ArrayRef<const c10::IValue>());
   const pybind11::gil_scoped_release released;
-  return recorded ? EagerProduct<ConvCall>::apply(x, weight, bias, residual, std::move(call)) : run(x, weight, bias, residual, *call);
+  return recorded ? EagerProduct<ConvCall>::apply(x, weight, bias, residual, std::move(call))
+                  : run(x, weight, bias, residual, *call);
 }
 
 }  // namespace

@@ -28,15 +28,19 @@ struct NormCall : torch::CustomClassHolder {
 
 using NormCallPtr = c10::intrusive_ptr<NormCall>;
 using Text = c10::string_view;
-using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;                   // y, mean (undefined for RMS norm), invstd
+using Result = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // y, mean (undefined for RMS norm), invstd
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // dx, dw, db, dresidual
 
-Result run(const at::Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, const NormCall& c) {
-  static const Kernel<Result(const at::Tensor&, const MaybeTensor&, const MaybeTensor&, double, Text, const MaybeTensor&)> layer(
-      "slimkernels::slim_layer_norm");
-  static const Kernel<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const MaybeTensor&, double, Text, const MaybeTensor&)> rms(
-      "slimkernels::slim_rms_norm");
-  static const Kernel<Result(const at::Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, double, Text, const MaybeTensor&)>
+Result run(const at::Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+           const NormCall& c) {
+  static const Kernel<Result(const at::Tensor&, const MaybeTensor&, const MaybeTensor&, double, Text,
+                             const MaybeTensor&)>
+      layer("slimkernels::slim_layer_norm");
+  static const Kernel<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const MaybeTensor&, double, Text,
+                                                         const MaybeTensor&)>
+      rms("slimkernels::slim_rms_norm");
+  static const Kernel<Result(const at::Tensor&, const MaybeTensor&, const MaybeTensor&, int64_t, double, Text,
+                             const MaybeTensor&)>
       group("slimkernels::slim_group_norm");
   const at::AutoDispatchBelowADInplaceOrView below;
   if (c.norm == Norm::kLayer) return layer(x, weight, bias, c.eps, c.activation, residual);
@@ -56,11 +60,12 @@ auto below_autograd(const Call& call) {
   return call();
 }
 
-Gradients run_backward(const at::Tensor& dy, const Saved& s, const NormCall& c, bool need_dx, bool need_dw, bool need_db,
-                       bool need_dresidual) {
+Gradients run_backward(const at::Tensor& dy, const Saved& s, const NormCall& c, bool need_dx, bool need_dw,
+                       bool need_db, bool need_dresidual) {
   using T = const at::Tensor&;
   using M = const MaybeTensor&;
-  static const Kernel<Gradients(T, T, T, T, M, M, M, M, Text, bool, bool, bool, bool)> layer("slimkernels::slim_layer_norm_backward");
+  static const Kernel<Gradients(T, T, T, T, M, M, M, M, Text, bool, bool, bool, bool)> layer(
+      "slimkernels::slim_layer_norm_backward");
   static const Kernel<Result(T, T, T, M, M, M, Text, bool, bool, bool)> rms("slimkernels::slim_rms_norm_backward");
   static const Kernel<Gradients(T, T, T, T, M, M, M, M, int64_t, Text, bool, bool, bool, bool)> group(
       "slimkernels::slim_group_norm_backward");
@@ -70,20 +75,22 @@ Gradients run_backward(const at::Tensor& dy, const Saved& s, const NormCall& c, 
   };
   const Text name = c.activation;
   if (c.norm == Norm::kLayer) {
-    return call(layer, dy, s.x, s.mean, s.invstd, s.weight, s.bias, s.output, s.residual, name, need_dx, need_dw, need_db, need_dresidual);
+    return call(layer, dy, s.x, s.mean, s.invstd, s.weight, s.bias, s.output, s.residual, name, need_dx, need_dw,
+                need_db, need_dresidual);
   }
   if (c.norm == Norm::kGroup) {
-    return call(group, dy, s.x, s.mean, s.invstd, s.weight, s.bias, s.output, s.residual, c.group_size, name, need_dx, need_dw, need_db,
-                need_dresidual);
+    return call(group, dy, s.x, s.mean, s.invstd, s.weight, s.bias, s.output, s.residual, c.group_size, name, need_dx,
+                need_dw, need_db, need_dresidual);
   }
-  auto [dx, dw, dresidual] = call(rms, dy, s.x, s.invstd, s.weight, s.output, s.residual, name, need_dx, need_dw, need_dresidual);
+  auto [dx, dw, dresidual] =
+      call(rms, dy, s.x, s.invstd, s.weight, s.output, s.residual, name, need_dx, need_dw, need_dresidual);
   return {dx, dw, at::Tensor(), dresidual};
 }
 
 class EagerNorm : public torch::autograd::Function<EagerNorm> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
-                            const MaybeTensor& residual, NormCallPtr call) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const MaybeTensor& weight,
+                            const MaybeTensor& bias, const MaybeTensor& residual, NormCallPtr call) {
     const auto [y, mean, invstd] = run(x, weight, bias, residual, *call);
     // Without a residual the activation's input comes from x.
     at::Tensor output, added;
@@ -91,7 +98,8 @@ class EagerNorm : public torch::autograd::Function<EagerNorm> {
       const bool by_output = derivative_uses_output(parse_activation("norm", call->activation));
       (by_output ? output : added) = by_output ? y : *residual;
     }
-    ctx->save_for_backward({x, mean, invstd, weight.value_or(at::Tensor()), bias.value_or(at::Tensor()), output, added});
+    ctx->save_for_backward(
+        {x, mean, invstd, weight.value_or(at::Tensor()), bias.value_or(at::Tensor()), output, added});
     ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
     return y;
   }
@@ -106,7 +114,8 @@ class EagerNorm : public torch::autograd::Function<EagerNorm> {
     const auto needed = [&](bool given) { return given && ctx->needs_input_grad(next++); };
     const bool need_dx = ctx->needs_input_grad(0), need_dw = needed(call->has_weight), need_db = needed(call->has_bias);
     const bool need_dresidual = needed(call->has_residual), plain = call->activation == "none";
-    auto [dx, dw, db, dresidual] = run_backward(grads[0], saved, *call, need_dx, need_dw, need_db, need_dresidual && !plain);
+    auto [dx, dw, db, dresidual] =
+        run_backward(grads[0], saved, *call, need_dx, need_dw, need_db, need_dresidual && !plain);
     if (need_dx) found[0] = dx;
     if (need_dw) found[1] = dw;
     if (need_db) found[2] = db;
@@ -129,7 +138,8 @@ std::optional<at::Tensor> eager(Arguments& args, Norm norm, const char* op) {
   call->eps = args.number(std::numeric_limits<float>::epsilon());  // of RMS norm
   const std::string_view name = args.name();
   const MaybeTensor residual = args.maybe_tensor();
-  if (!args.ok || !find_activation(name) || (norm == Norm::kGroup && (x.dim() < 2 || call->group_size < 1)) || x.dim() < 1) {
+  if (!args.ok || !find_activation(name) || (norm == Norm::kGroup && (x.dim() < 2 || call->group_size < 1)) ||
+      x.dim() < 1) {
     return std::nullopt;
   }
   const int64_t channels = x.size(norm == Norm::kGroup ? 1 : -1);
@@ -147,8 +157,14 @@ std::optional<at::Tensor> eager(Arguments& args, Norm norm, const char* op) {
 
 }  // namespace
 
-std::optional<at::Tensor> eager_layer_norm(Arguments& args) { return eager(args, Norm::kLayer, "slimkernels::slim_layer_norm"); }
-std::optional<at::Tensor> eager_rms_norm(Arguments& args) { return eager(args, Norm::kRms, "slimkernels::slim_rms_norm"); }
-std::optional<at::Tensor> eager_group_norm(Arguments& args) { return eager(args, Norm::kGroup, "slimkernels::slim_group_norm"); }
+std::optional<at::Tensor> eager_layer_norm(Arguments& args) {
+  return eager(args, Norm::kLayer, "slimkernels::slim_layer_norm");
+}
+std::optional<at::Tensor> eager_rms_norm(Arguments& args) {
+  return eager(args, Norm::kRms, "slimkernels::slim_rms_norm");
+}
+std::optional<at::Tensor> eager_group_norm(Arguments& args) {
+  return eager(args, Norm::kGroup, "slimkernels::slim_group_norm");
+}
 
 }  // namespace slimkernels

@@ -1,5 +1,5 @@
-// The node of autograd of a linear layer or a convolution called from Python: products of x and weight, with bias, residual and
-// an activation whose derivative comes from its output.
+// The node of autograd of a linear layer or a convolution called from Python: products of x and weight, with bias,
+// residual and an activation whose derivative comes from its output.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -16,20 +16,21 @@ struct ProductCall : torch::CustomClassHolder {
   std::string activation;
 };
 
-// `Call` is a ProductCall with the op's own arguments. Found by it: run(x, weight, bias, residual, call), the output, and
-// run_backward(dz, x, weight, call, need_dx, need_dw, need_db), the three gradients.
+// `Call` is a ProductCall with the op's own arguments. Found by it: run(x, weight, bias, residual, call), the output,
+// and run_backward(dz, x, weight, call, need_dx, need_dw, need_db), the three gradients.
 template <typename Call>
 class EagerProduct : public torch::autograd::Function<EagerProduct<Call>> {
  public:
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias,
-                            const MaybeTensor& residual, c10::intrusive_ptr<Call> call) {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
+                            const MaybeTensor& bias, const MaybeTensor& residual, c10::intrusive_ptr<Call> call) {
     const at::Tensor y = run(x, weight, bias, residual, *call);
     ctx->save_for_backward({x, weight, call->activation == "none" ? at::Tensor() : y});
     ctx->saved_data["call"] = c10::IValue::make_capsule(std::move(call));
     return y;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list grads) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
     torch::autograd::variable_list found(5);
     if (!grads[0].defined()) return found;
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());

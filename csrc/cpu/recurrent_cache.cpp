@@ -27,8 +27,8 @@ struct Seen {
   bool is(const at::Tensor& t) const {
     return of(t) && data == t.const_data_ptr() && version == t._version() && numel == t.numel() && sample == sampled(t);
   }
-  // The bits of the first and the last element. A write that the version does not count (through .data) changes them, if it
-  // changes all elements.
+  // The bits of the first and the last element. A write that the version does not count (through .data) changes them,
+  // if it changes all elements.
   static uint64_t sampled(const at::Tensor& t) {
     const char* elements = static_cast<const char*>(t.const_data_ptr());
     const size_t size = t.element_size();

@@ -1,5 +1,5 @@
-// Packed weights of recurrent layers that calls without gradients keep for the next one, in the layout of the kernel that reads
-// them. Training never asks here.
+// Packed weights of recurrent layers that calls without gradients keep for the next one, in the layout of the kernel
+// that reads them. Training never asks here.
 #pragma once
 
 #include <memory>
@@ -23,10 +23,12 @@ struct PackedKey {
 using PackedWeights = std::vector<at::Tensor>;
 using PackedPointer = std::shared_ptr<const PackedWeights>;
 
-// Whether copies of these weights may be kept. Views and tensors of inference mode are not: they have been made for the call.
+// Whether copies of these weights may be kept. Views and tensors of inference mode are not: they have been made for the
+// call.
 bool keeps_packed(at::TensorList weights);
 
-// What is kept for these weights as they are now, or null. `seen`: a call with this key asked before, and they are the same still.
+// What is kept for these weights as they are now, or null. `seen`: a call with this key asked before, and they are the
+// same still.
 PackedPointer find_packed(at::TensorList weights, const PackedKey& key, bool& seen);
 
 // Keeps what was packed after find_packed, unless the weights changed meanwhile.

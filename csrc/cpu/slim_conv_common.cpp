@@ -54,7 +54,7 @@ void taps_to_channels_last(const Bits* w, Bits* out, int64_t filters, int64_t ro
 // oneDNN takes a slice in the layout of x. PyTorch would copy a contiguous one into channels-last number by number, which for
 // large weights takes as long as the convolution of a small image.
 at::Tensor laid_out(const at::Tensor& w, at::MemoryFormat format, bool transposed) {
-  if (format != at::MemoryFormat::ChannelsLast || transposed || w.dim() != 4) return w;
+  if (format != at::MemoryFormat::ChannelsLast || transposed || w.dim() != 4 || w.element_size() > 4) return w;
   const int64_t filters = w.size(0), channels = w.size(1), taps = w.size(2) * w.size(3);
   if (taps == 1 || channels == 1 || w.stride(1) != taps || !w.select(0, 0).is_contiguous()) return w;
   at::Tensor out = at::empty(w.sizes(), w.options().memory_format(format));

@@ -1,4 +1,5 @@
-// Products of tall matrices with a weight. Sums are float32 for every dtype; bfloat16 is multiplied as it is where the CPU can.
+// Products of tall matrices with a weight. Sums are float32 for every dtype; bfloat16 is multiplied as it is where the
+// CPU can.
 #include "gemm-inl.h"
 
 constexpr int64_t kPanelFloats = 6 * 1024;   // of B, read for every few rows of A: half a 48 KiB first-level cache
@@ -6,14 +7,17 @@ constexpr int64_t kBlockFloats = 16 * 1024;  // of A, read for every panel
 constexpr int64_t kFewRows = 256;            // that do not pay for a copy of B
 
 template <typename T>
-void store_rows(const float* from, int64_t ld_from, int64_t rows, int64_t cols, const float* bias, T* to, int64_t ld_to) {
+void store_rows(const float* from, int64_t ld_from, int64_t rows, int64_t cols, const float* bias, T* to,
+                int64_t ld_to) {
   for (int64_t i = 0; i < rows; ++i, from += ld_from, to += ld_to) {
     for (int64_t j = 0; j < cols; j += kLanes) {
       const int n = std::min<int64_t>(kLanes, cols - j);
       vf value = load_some(from + j, n);
       if (bias) value += load_some(bias + j, n);
-      if (n == kLanes) store(to + j, value);
-      else store_first(to + j, value, n);
+      if (n == kLanes)
+        store(to + j, value);
+      else
+        store_first(to + j, value, n);
     }
   }
 }
@@ -22,7 +26,8 @@ void store_rows(const float* from, int64_t ld_from, int64_t rows, int64_t cols, 
 inline void product(Matrix<float> a, int64_t m, int64_t k, Matrix<float> b, int64_t n, const float* bias, float* out,
                     int64_t ld) {
   const bool in_place = b.col == 1 && m <= kFewRows;
-  const int64_t width = std::min(round_up(n, 16), std::clamp<int64_t>(kPanelFloats / k / kTileCols * kTileCols, kTileCols, 256));
+  const int64_t width =
+      std::min(round_up(n, 16), std::clamp<int64_t>(kPanelFloats / k / kTileCols * kTileCols, kTileCols, 256));
   const int64_t panels = (n + width - 1) / width, panel_size = k * width;
   const int64_t most = std::clamp<int64_t>(kBlockFloats / k, 64, 512);
   const int64_t blocks = (m + most - 1) / most, rows = (m + blocks - 1) / blocks;
@@ -34,7 +39,8 @@ inline void product(Matrix<float> a, int64_t m, int64_t k, Matrix<float> b, int6
       at::parallel_for(0, here, 1 + (1 << 18) / panel_size, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) {
           const int64_t col = (first + p) * width;
-          pack_b<float>(Matrix<float>{b.at(0, col), b.row, b.col}, k, std::min(width, n - col), packed + p * panel_size, width);
+          pack_b<float>(Matrix<float>{b.at(0, col), b.row, b.col}, k, std::min(width, n - col), packed + p * panel_size,
+                        width);
         }
       });
     }
@@ -55,8 +61,8 @@ inline void product(Matrix<float> a, int64_t m, int64_t k, Matrix<float> b, int6
 }
 
 // The same by way of out.T = b.T @ a.T, for few rows and a b that lies transposed: b is read where it lies.
-inline void product_turned(Matrix<float> a, int64_t m, int64_t k, Matrix<float> b, int64_t n, const float* bias, float* out,
-                           int64_t ld) {
+inline void product_turned(Matrix<float> a, int64_t m, int64_t k, Matrix<float> b, int64_t n, const float* bias,
+                           float* out, int64_t ld) {
   const int64_t width = round_up(m, kTileCols), panels = width / kTileCols;
   float* packed = static_cast<float*>(scratch(kScratchB, k * width * sizeof(float)));
   for (int64_t p = 0; p < panels; ++p) {
@@ -69,8 +75,10 @@ inline void product_turned(Matrix<float> a, int64_t m, int64_t k, Matrix<float> 
       const int64_t cols = std::min(kTileRows, n - col);
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t rows = std::min(kTileCols, m - p * kTileCols);
-        tile_gemm(cols, round_up(rows, 16), k, b.at(0, col), b.col, packed + p * kTileCols * k, kTileCols, tile, kTileCols, false);
-        pack_transposed([&](int64_t r, int64_t c, int) { return load(tile + r * kTileCols + c); }, cols, rows, turned, kTileRows);
+        tile_gemm(cols, round_up(rows, 16), k, b.at(0, col), b.col, packed + p * kTileCols * k, kTileCols, tile,
+                  kTileCols, false);
+        pack_transposed([&](int64_t r, int64_t c, int) { return load(tile + r * kTileCols + c); }, cols, rows, turned,
+                        kTileRows);
         store_rows(turned, kTileRows, rows, cols, bias ? bias + col : nullptr, out + p * kTileCols * ld + col, ld);
       }
     }
@@ -81,8 +89,10 @@ template <typename C, typename T>
 void pointwise_kernel(Matrix<T> a, int64_t m, int64_t k, Matrix<T> b, int64_t n, const float* bias, T* out) {
   if constexpr (std::is_same_v<T, float>) {
     const bool turned = b.col != 1 && m <= kFewRows && 2 * m <= n;
-    if (turned) product_turned(a, m, k, b, n, bias, out, n);
-    else product(a, m, k, b, n, bias, out, n);
+    if (turned)
+      product_turned(a, m, k, b, n, bias, out, n);
+    else
+      product(a, m, k, b, n, bias, out, n);
   } else {
     gemm<C>(ranges(1, m, m, kTileRows), a, ranges(1, n, n, kTileCols), b, {{0, 0, k}}, false,
             [&](const Range& row, const Range& col, const float* tile) {
@@ -92,7 +102,8 @@ void pointwise_kernel(Matrix<T> a, int64_t m, int64_t k, Matrix<T> b, int64_t n,
   }
 }
 
-// sums (rows, cols) at `ld` = left (pixels, rows).T @ right (pixels, cols). The left is transposed, `step` pixels at a time.
+// sums (rows, cols) at `ld` = left (pixels, rows).T @ right (pixels, cols). The left is transposed, `step` pixels at a
+// time.
 template <typename C, typename T>
 void add_pixels(Matrix<T> left, int64_t rows, Matrix<T> right, int64_t cols, int64_t pixels, float* sums, int64_t ld) {
   constexpr int64_t pair = kPair<C>, step = 512, block = 128, lda = step + 16 * pair;
@@ -121,8 +132,8 @@ void add_pixels(Matrix<T> left, int64_t rows, Matrix<T> right, int64_t cols, int
   if constexpr (pair == 2) release_matrix_unit();
 }
 
-// dw (n, k), dense, = dy (pixels, n).T @ x (pixels, k). Of the two the one with fewer channels is transposed; threads share
-// the pixels.
+// dw (n, k), dense, = dy (pixels, n).T @ x (pixels, k). Of the two the one with fewer channels is transposed; threads
+// share the pixels.
 template <typename C, typename T>
 void pointwise_gradient_kernel(Matrix<T> dy, int64_t n, Matrix<T> x, int64_t k, int64_t pixels, T* dw) {
   const bool swapped = k < n;
@@ -155,8 +166,10 @@ void pointwise_gradient_kernel(Matrix<T> dy, int64_t n, Matrix<T> x, int64_t k, 
       for (int i = 0; i < kLanes; ++i) t[i] = i < nr ? load_some(sums + (r0 + i) * cols + c0, nc) : vf{};
       transpose(t);
       for (int j = 0; j < nc; ++j) {
-        if (nr == kLanes) store(dw + (c0 + j) * rows + r0, t[j]);
-        else store_first(dw + (c0 + j) * rows + r0, t[j], nr);
+        if (nr == kLanes)
+          store(dw + (c0 + j) * rows + r0, t[j]);
+        else
+          store_first(dw + (c0 + j) * rows + r0, t[j], nr);
       }
     }
   }

@@ -71,15 +71,16 @@ bool is_pointwise(const at::Tensor& x, const at::Tensor& weight, const ConvGeome
 at::Tensor pointwise_conv(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, int64_t out_channels,
                           Activation activation, const MaybeTensor& residual) {
   const at::Tensor in = with_pixels(x);
-  at::Tensor y = at::empty({x.size(0), out_channels, x.size(2), x.size(3)}, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  at::Tensor y = at::empty({x.size(0), out_channels, x.size(2), x.size(3)},
+                           x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const at::Tensor b = bias ? bias->narrow(0, 0, out_channels).to(at::kFloat).contiguous() : at::Tensor();
   AT_DISPATCH_SWITCH(x.scalar_type(), "slim_conv", SK_CASES_F32_BF16_F16([&] {
-    with_multiplied_type<scalar_t>([&]<typename C>(C) {
-      SK_CALL_ISA(pointwise_kernel<C>, pixels_of<scalar_t>(in), count_of(x), x.size(1),
-                  filters_of<scalar_t>(weight).transposed(), out_channels, bias ? b.const_data_ptr<float>() : nullptr,
-                  y.data_ptr<scalar_t>());
-    });
-  }));
+                       with_multiplied_type<scalar_t>([&]<typename C>(C) {
+                         SK_CALL_ISA(pointwise_kernel<C>, pixels_of<scalar_t>(in), count_of(x), x.size(1),
+                                     filters_of<scalar_t>(weight).transposed(), out_channels,
+                                     bias ? b.const_data_ptr<float>() : nullptr, y.data_ptr<scalar_t>());
+                       });
+                     }));
   add_activate(y, residual, activation);
   return y;
 }
@@ -88,25 +89,28 @@ at::Tensor pointwise_input_gradient(const at::Tensor& dy, const at::Tensor& x, c
   const at::Tensor grad = with_pixels(dy);
   at::Tensor dx = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast));
   AT_DISPATCH_SWITCH(x.scalar_type(), "slim_conv_backward", SK_CASES_F32_BF16_F16([&] {
-    with_multiplied_type<scalar_t>([&]<typename C>(C) {
-      SK_CALL_ISA(pointwise_kernel<C>, pixels_of<scalar_t>(grad), count_of(dy), dy.size(1), filters_of<scalar_t>(weight),
-                  x.size(1), static_cast<const float*>(nullptr), dx.data_ptr<scalar_t>());
-    });
-  }));
+                       with_multiplied_type<scalar_t>([&]<typename C>(C) {
+                         SK_CALL_ISA(pointwise_kernel<C>, pixels_of<scalar_t>(grad), count_of(dy), dy.size(1),
+                                     filters_of<scalar_t>(weight), x.size(1), static_cast<const float*>(nullptr),
+                                     dx.data_ptr<scalar_t>());
+                       });
+                     }));
   return dx;
 }
 
-at::Tensor pointwise_weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, GradientSize size) {
+at::Tensor pointwise_weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                     GradientSize size) {
   const at::Tensor grad = with_pixels(dy), in = with_pixels(x);
   const bool whole = dy.size(1) == weight.size(0) && x.size(1) == weight.size(1);
-  const bool same_strides = whole && weight.stride(1) == 1 && weight.stride(0) == x.size(1);  // its slot takes it as it is
+  const bool same_strides =
+      whole && weight.stride(1) == 1 && weight.stride(0) == x.size(1);  // its slot takes it as it is
   at::Tensor part = same_strides ? at::empty_like(weight) : at::empty({dy.size(1), x.size(1), 1, 1}, x.options());
   AT_DISPATCH_SWITCH(x.scalar_type(), "slim_conv_backward", SK_CASES_F32_BF16_F16([&] {
-    with_multiplied_type<scalar_t>([&]<typename C>(C) {
-      SK_CALL_ISA(pointwise_gradient_kernel<C>, pixels_of<scalar_t>(grad), dy.size(1), pixels_of<scalar_t>(in), x.size(1),
-                  count_of(dy), part.data_ptr<scalar_t>());
-    });
-  }));
+                       with_multiplied_type<scalar_t>([&]<typename C>(C) {
+                         SK_CALL_ISA(pointwise_gradient_kernel<C>, pixels_of<scalar_t>(grad), dy.size(1),
+                                     pixels_of<scalar_t>(in), x.size(1), count_of(dy), part.data_ptr<scalar_t>());
+                       });
+                     }));
   return same_strides ? part : sized_gradient(part, weight, size);
 }
 

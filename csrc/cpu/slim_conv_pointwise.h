@@ -13,6 +13,7 @@ bool is_pointwise(const at::Tensor& x, const at::Tensor& weight, const ConvGeome
 at::Tensor pointwise_conv(const at::Tensor& x, const at::Tensor& weight, const MaybeTensor& bias, int64_t out_channels,
                           Activation activation, const MaybeTensor& residual);
 at::Tensor pointwise_input_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight);
-at::Tensor pointwise_weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, GradientSize size);
+at::Tensor pointwise_weight_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
+                                     GradientSize size);
 
 }  // namespace slimkernels
