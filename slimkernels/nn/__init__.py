@@ -1,5 +1,6 @@
 """Drop-in slimmable modules: subclasses of the torch modules with the same constructors and state_dict keys."""
 
+from slimkernels.nn.attention import AnySizeMultiheadAttention, SlimMultiheadAttention
 from slimkernels.nn.batch_norm import SlimBatchNorm1d, SlimBatchNorm2d, SlimBatchNorm3d
 from slimkernels.nn.conv import (
     SlimConv1d,
@@ -23,6 +24,7 @@ from slimkernels.nn.recurrent import SlimGRU, SlimGRUCell, SlimLSTM, SlimLSTMCel
 from slimkernels.nn.sync_batch_norm import SlimSyncBatchNorm
 
 __all__ = [
+    "AnySizeMultiheadAttention",
     "SlimBatchNorm1d",
     "SlimBatchNorm2d",
     "SlimBatchNorm3d",
@@ -43,6 +45,7 @@ __all__ = [
     "SlimLSTMCell",
     "SlimLayerNorm",
     "SlimLinear",
+    "SlimMultiheadAttention",
     "SlimRMSNorm",
     "SlimSyncBatchNorm",
 ]
