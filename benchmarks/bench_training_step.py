@@ -5,14 +5,11 @@ tensors; ``compile``: torch.compile of ``slice``; ``plain``: the sum of the step
 channels-last. The cases ``random`` run one random width a step, a step for each of 30 widths. ``convolution-weights`` is the
 weight side of ResNet-50 at .5 alone (``training_weights``). ``recompute`` is ours with that option.
 
-``extra_mb`` is the peak resident memory of a step, in a process of its own, above what was there before it.
+``extra_mb`` is the peak of what a step holds in memory, gradients included, parameters and the optimizer's state left out
+(``training_memory``); the note has what the process became resident with.
 """
 
 import copy
-import ctypes
-import gc
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import harness, training_peers
+from benchmarks import harness, training_memory, training_peers
 from benchmarks.training_weights import WeightCase
 from slimkernels import elastic
 from slimkernels.models import cifar_resnet20
@@ -175,34 +172,31 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
-def peak_mb(case: StepCase, name: str) -> float:
-    """Peak resident memory of a step above that before it, in a process of its own."""
+def peak(case: StepCase, name: str) -> training_memory.Peak:
     dtype = str(case.dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "benchmarks.bench_training_step", case.net, case.workload, dtype, name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return float(done.stdout.split()[-1])
+    threads = str(torch.get_num_threads())
+    return training_memory.of_process(
+        "-m", "benchmarks.bench_training_step", case.net, case.workload, dtype, name, threads
+    )
 
 
-def status_kb(key: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(key))
-
-
-def print_peak(net: str, workload: str, dtype: str, name: str) -> None:
-    torch.set_num_threads(1)
+def print_peak(net: str, workload: str, dtype: str, name: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
     bench = Workbench(StepCase(net, workload, getattr(torch, dtype), (name,)))
+    parameters, passes = bench.passes(name)
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        passes[0]()
+        optimizer.step()
+
     images, targets = bench.images, bench.targets
-    bench.images, bench.targets = images[:2].clone(memory_format=torch.preserve_format), targets[:2]
-    steps = bench.provider(name)
-    steps()  # loads code, makes the optimizer's state
+    if name != "compile":
+        bench.images, bench.targets = images[:2].clone(memory_format=torch.preserve_format), targets[:2]
+    step()
+    optimizer.zero_grad()
     bench.images, bench.targets = images, targets
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts from here
-    before = status_kb("VmRSS")
-    steps()
-    print((status_kb("VmHWM") - before) / 1024)
+    training_memory.of_step(step)
 
 
 def measure(case: StepCase | WeightCase, budget_s: float) -> Iterable[dict[str, object]]:
@@ -214,8 +208,12 @@ def measure(case: StepCase | WeightCase, budget_s: float) -> Iterable[dict[str, 
     bench = Workbench(case)
     calls = {name: bench.provider(name) for name in case.providers if not verdict[name]}
     samples = harness.interleaved(calls, budget_s)
-    memory = {name: peak_mb(case, name) for name in calls if name != "compile" and case.workload == "sandwich"}
-    yield from harness.provider_rows(case, "full", verdict, samples, memory)
+    peaks = {name: peak(case, name) for name in calls if case.workload == "sandwich"}
+    memory = {name: found.held_mb for name, found in peaks.items()}
+    for row in harness.provider_rows(case, "full", verdict, samples, memory):
+        if row["provider"] in peaks:
+            row["note"] = peaks[str(row["provider"])].note()
+        yield row
 
 
 def cases(quick: bool) -> Iterator[StepCase | WeightCase]:

@@ -86,6 +86,43 @@ def group_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def step_tables(rows: list[Row]) -> list[str]:
+    """Every training step by itself, then the peak memory of those that have it."""
+    names = peers(rows)
+    lines = [
+        "",
+        f"| network | input | dtype | ours (ms) | {' | '.join(names)} | run |",
+        f"|---|---|---|---:|{'---:|' * len(names)}---|",
+    ]
+    steps = dict.fromkeys((row["net"], row["shape"], row["dtype"]) for row in rows)
+    for case in steps:
+        of_case = {r["provider"]: r for r in rows if (r["net"], r["shape"], r["dtype"]) == case}
+        own = of_case["slimkernels"]
+        cells = [of_case[n]["ratio"] or "-" if n in of_case else "-" for n in names]
+        times = f"{float(own['p50_us']) / 1e3:.1f}" if own["p50_us"] else "-"
+        lines.append(f"| {' | '.join([*case, times, *cells])} | {own['date']}, {own['commit']}, load {own['load']} |")
+    # Older rows have resident memory in this column, and no note of it.
+    measured = [row for row in rows if row["extra_mb"] and row["note"].startswith("resident")]
+    if not measured:
+        return lines
+    names = ["slimkernels", *peers(measured)]
+    lines += [
+        "",
+        "Peak memory of a sandwich step, MiB: all that the process holds, gradients included, parameters and the"
+        " optimizer's state left out; in brackets as a part of slicing code's, the lesser of the two.",
+        "",
+        f"| network | input | dtype | {' | '.join(names)} |",
+        f"|---|---|---|{'---:|' * len(names)}",
+    ]
+    for case in steps:
+        held = {r["provider"]: float(r["extra_mb"]) for r in measured if (r["net"], r["shape"], r["dtype"]) == case}
+        if held:
+            eager = min((held[n] for n in ("slice", "slice_nchw") if n in held), default=math.inf)
+            cells = [f"{held[n]:.1f} ({held[n] / eager:.2f})" if n in held else "-" for n in names]
+            lines.append(f"| {' | '.join([*case, *cells])} |")
+    return lines
+
+
 def machine_section(path: Path, rows: list[Row]) -> list[str]:
     lines = [
         f"## {rows[0]['machine']}, {rows[0]['isa']}, {rows[0]['threads']} thread(s)",
@@ -99,6 +136,7 @@ def machine_section(path: Path, rows: list[Row]) -> list[str]:
         of_group = [row for row in rows if row["op"].startswith(prefix)]
         if of_group:
             lines += ["", about, "", *group_table(of_group)]
+            lines += step_tables(of_group) if prefix == "training_step" else []
     red = [row for row in rows if row["gate"] != "ok"]
     if red:
         lines += ["", f"Results that failed the accuracy gate and have no time: {len(red)}."]

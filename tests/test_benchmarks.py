@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import deploy_page, harness, report, run
+from benchmarks import deploy_page, harness, report, run, training_memory
 from benchmarks.shapes import reduced, shapes
 
 
@@ -68,6 +68,33 @@ def test_harness_sees_a_gradient_outside_the_slice():
 
 def test_harness_counts_memory():
     assert harness.extra_bytes(lambda: torch.ones(1000) + torch.ones(1000)) == 12000
+
+
+def test_peak_of_a_process_counts_tensors_and_every_other_block_of_the_heap():
+    script = """
+import ctypes
+import torch
+from benchmarks.training_memory import of_step
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.memset.argtypes = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
+libc.free.argtypes = [ctypes.c_void_p]
+before = torch.ones(2**21)
+
+def step():
+    own = libc.malloc(8 * 2**20)
+    libc.memset(own, 1, 8 * 2**20)
+    y = torch.ones(2**21)
+    libc.free(own)
+    return y + torch.ones(2**18)[0]
+
+of_step(step)
+"""
+    peak = training_memory.of_process("-c", script)
+    assert 17 <= peak.held_mb < 17.3  # 8 + 8 and, when the first 8 are gone, 8 + 8 + 1
+    assert 16 <= peak.returned_mb < 18.5
+    assert peak.note().startswith("resident")
 
 
 def test_shapes_of_every_op_and_the_batch_rule():

@@ -238,17 +238,19 @@ def _setup_context(ctx, inputs, output):
     ctx.recipe = recipe_of(x)
     recompute = ctx.activation not in OUTPUT_ACTIVATIONS
     saved_output = None if recompute or ctx.activation == "none" else output
-    ctx.save_for_backward(
-        None if ctx.recipe else x, weight, saved_output, *((bias, residual) if recompute else (None, None))
-    )
+    # The gradient of x takes its sizes only: under a weight that is not trained x is not kept.
+    ctx.layout = None if recompute or weight.requires_grad else (x.shape, x.stride())
+    saved_x = None if ctx.recipe or ctx.layout else x
+    ctx.save_for_backward(saved_x, weight, saved_output, *((bias, residual) if recompute else (None, None)))
 
 
 def _backward(ctx, dy):
     x, weight, output, bias, residual = ctx.saved_tensors
     need_dx, need_dw, need_db, *_, need_dresidual = ctx.needs_input_grad
-    if ctx.recipe is not None:
-        # The gradient of x only takes its sizes.
-        x = ctx.recipe.value() if need_dw or ctx.activation not in OUTPUT_ACTIVATIONS else ctx.recipe.input()
+    if ctx.layout is not None:
+        x = dy.new_empty_strided(*ctx.layout)
+    elif ctx.recipe is not None:
+        x = ctx.recipe.value()
     if ctx.activation not in OUTPUT_ACTIVATIONS:
         output = torch.ops.slimkernels.slim_conv.default(
             x, weight, bias, ctx.out_channels, *ctx.geometry, "none", residual

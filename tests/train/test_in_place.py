@@ -10,7 +10,7 @@ from torch import nn
 from slimkernels import elastic
 from slimkernels.models.resnet import CifarResNet
 from slimkernels.nn import SlimLinear
-from slimkernels.ops import _recipes, _slots
+from slimkernels.ops import _recipes, _slots, slim_conv
 from slimkernels.ops._slots import flush, gradient_slots
 from slimkernels.train import fuse, sandwich_step
 from slimkernels.train.step import accumulate_passes
@@ -97,6 +97,17 @@ def test_recomputed_outputs_give_the_same_bits_and_keep_less(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True) if a is not None)
     assert kept[0] > kept[1] > kept[2]
     assert kept[2] < 0.75 * kept[0]
+
+
+def test_a_convolution_that_is_not_trained_keeps_no_input():
+    x, weight = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(12, 9, 1, 1)
+    with _slots.gradient_slots([nn.Parameter(torch.ones(1))]):
+        y = slim_conv(x, weight, out_channels=5, stride=2)
+        assert not any(t is not None and t.shape == x.shape for t in y.grad_fn.saved_tensors)
+        y.square().sum().backward()
+    other = x.detach().clone().requires_grad_()
+    F.conv2d(other, weight[:5, :8], stride=2).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
 
 
 def test_what_a_recipe_needs_must_not_change():
