@@ -68,6 +68,22 @@ inline vf interleave(const c10::BFloat16* first, const c10::BFloat16* second, in
   return (vf)(low | high);
 }
 
+// Rounds by the CPU's own instruction where it has one; three times the instructions otherwise (simd-inl.h).
+template <typename T>
+inline void store_rounded(T* p, vf v, [[maybe_unused]] bool has_bf16) {
+#if defined(SK_AVX512)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (has_bf16) {
+      __m256i halves;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
+      _mm256_storeu_si256((__m256i*)p, halves);
+      return;
+    }
+  }
+#endif
+  store(p, v);
+}
+
 using vu16x2 = uint16_t __attribute__((vector_size(4 * SK_LANES)));  // 2 * kLanes numbers of 16 bits
 
 // Two rows of 2 * kLanes 16-bit numbers, interleaved.

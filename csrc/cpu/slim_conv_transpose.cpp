@@ -1,8 +1,10 @@
-// Transposed convolutions run in oneDNN through ATen; the slice, the epilogue and the gradient on the slice are ours.
+// Transposed convolutions: our own matrix products (slim_conv_transpose_patches.h), or oneDNN through ATen with slice,
+// epilogue and gradient on the slice of our own.
 #include <torch/library.h>
 
 #include "reference_call.h"
 #include "slim_conv.h"
+#include "slim_conv_transpose_patches.h"
 
 namespace slimkernels {
 namespace {
@@ -18,6 +20,9 @@ at::Tensor slim_conv_transpose_cpu(const at::Tensor& x, const at::Tensor& weight
     return call_reference<decltype(slim_conv_transpose_cpu)>("slimkernels::slim_conv_transpose", x, weight, bias,
                                                              out_channels, stride, padding, output_padding, dilation,
                                                              groups, activation_name, residual);
+  }
+  if (patches_take(x, weight, out_channels, geometry, false)) {
+    return patches_conv_transpose(x, weight, bias, out_channels, geometry, activation, residual);
   }
   const at::Tensor w = weight.narrow(0, 0, x.size(1)).narrow(1, 0, out_channels / groups);
   return conv_through_aten(x, w, bias, geometry, activation, residual, conv_format(x, weight));
@@ -37,6 +42,9 @@ ThreeTensors slim_conv_transpose_backward_cpu(const at::Tensor& dy, const at::Te
     return call_reference<decltype(slim_conv_transpose_backward_cpu)>(
         "slimkernels::slim_conv_transpose_backward", dy, x, weight, full_bias, stride, padding, output_padding,
         dilation, groups, need_dx, need_dw, need_db);
+  }
+  if (patches_take(x, weight, dy.size(1), geometry, true)) {
+    return patches_conv_transpose_backward(dy, x, weight, full_bias, geometry, need_dx, need_dw, need_db);
   }
   const at::Tensor w = weight.narrow(0, 0, x.size(1)).narrow(1, 0, dy.size(1) / groups);
   return conv_backward_through_aten(dy, x, weight, w, full_bias, geometry, need_dx, need_dw, need_db);

@@ -1,21 +1,5 @@
 #include "gemm-inl.h"
 
-// Rounds by the CPU's own instruction where it has one; three times the instructions otherwise (simd-inl.h).
-template <typename T>
-inline void store_rounded(T* p, vf v, [[maybe_unused]] bool has_bf16) {
-#if defined(SK_AVX512)
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    if (has_bf16) {
-      __m256i halves;
-      asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(v));
-      _mm256_storeu_si256((__m256i*)p, halves);
-      return;
-    }
-  }
-#endif
-  store(p, v);
-}
-
 // Bias, residual, activation and the store of a float tile whose first element belongs to (row, col) of the output.
 template <typename T>
 void finish_tile(const Finish<T>& f, int64_t row, int64_t col, int64_t rows, int64_t cols, const float* tile) {

@@ -89,6 +89,63 @@ def test_slim_conv_transpose_geometry(geometry, channels_last, dtype):
         check_as_good_as_pytorch(slim_conv_transpose, oracle, args, kwargs, dtype)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "threads"), [*((dtype, 1) for dtype in DTYPES), (torch.float32, 2)], ids=lambda v: str(v).split(".")[-1]
+)
+@pytest.mark.parametrize(
+    ("c", "n", "kernel", "size", "geometry"),
+    [
+        (16, 8, (2, 2), (16, 15), dict(stride=2)),  # patches side by side
+        (33, 40, (2, 3), (6, 7), dict(stride=(2, 3), activation="relu")),
+        (150, 70, (2, 2), (9, 9), dict(stride=2)),  # several panels of either product
+        (32, 16, (4, 4), (8, 8), dict(stride=2, padding=1, activation="silu")),  # patches that overlap
+        (7, 5, (3, 3), (13, 12), dict(stride=2, padding=1, output_padding=1)),  # odd, and short runs
+        (40, 9, (5, 4), (5, 6), dict(stride=(3, 1), padding=(4, 3), output_padding=(2, 0))),  # padding cuts whole rows
+        (6, 5, (2, 2), (4, 5), dict(stride=3, output_padding=2)),  # gaps between patches
+        (12, 21, (8, 8), (7, 9), dict(stride=4, padding=2)),  # a large kernel
+        (24, 40, (4, 4), (1, 1), {}),  # one pixel
+        (300, 60, (4, 4), (4, 4), dict(stride=2, padding=1)),  # a gradient of the weight that leaves the cache
+    ],
+    ids=str,
+)
+def test_slim_conv_transpose_patches(c, n, kernel, size, geometry, threads, dtype):
+    args, kwargs = sample(c, n, c + 5, n + 11, kernel, size, batch=3, channels_last=True, residual=False, **geometry)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for weight in (args[1], args[1].contiguous(memory_format=torch.channels_last)):
+            full = (args[0], weight, *args[2:])
+            check_as_good_as_pytorch(slim_conv_transpose, oracle, full, kwargs, dtype)
+        exact = (args[0], weight[:c, :n].clone(memory_format=torch.channels_last), None, None)
+        check_as_good_as_pytorch(slim_conv_transpose, oracle, exact, kwargs, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_slim_conv_transpose_patches_gradients_one_by_one(needed):
+    (x, weight, bias, n), _ = sample(8, 6, 10, 9, (4, 4), (5, 5), channels_last=True, residual=False)
+    whole = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias)]
+    some = [
+        t.clone(memory_format=torch.preserve_format).requires_grad_(i in needed)
+        for i, t in enumerate((x, weight, bias))
+    ]
+    dy = torch.randn(2, n, 10, 10)
+    for leaves in (whole, some):
+        slim_conv_transpose(*leaves, n, stride=2, padding=1).backward(dy)
+    for i, (a, b) in enumerate(zip(whole, some, strict=True)):
+        assert (b.grad is not None) == (i in needed)
+        if b.grad is not None:
+            assert torch.equal(a.grad, b.grad)
+
+
+def test_slim_conv_transpose_backward_refuses_dy_of_another_size():
+    x, weight = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last), torch.randn(10, 9, 4, 4)
+    call = torch.ops.slimkernels.slim_conv_transpose_backward.default
+    with pytest.raises((ValueError, RuntimeError), match=r"expected dy of shape|primitive"):
+        call(torch.randn(2, 6, 10, 9), x, weight, 9, [2, 2], [1, 1], [0, 0], [1, 1], 1, True, True, True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize(("groups", "per_in", "per_out"), [(2, 3, 5), (6, 1, 1), (4, 8, 8)])
 def test_slim_conv_transpose_groups(groups, per_in, per_out, dtype):
