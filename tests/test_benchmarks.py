@@ -93,7 +93,7 @@ of_step(step)
 """
     peak = training_memory.of_process("-c", script)
     assert 17 <= peak.held_mb < 17.3  # 8 + 8 and, when the first 8 are gone, 8 + 8 + 1
-    assert 16 <= peak.returned_mb < 18.5
+    assert 16 <= peak.returned_mb < 24  # pages of code that a step loads are in it
     assert peak.note().startswith("resident")
 
 
