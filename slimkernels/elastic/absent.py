@@ -93,15 +93,10 @@ class Spots:
             if not self.of:
                 yield
                 return
-            fast = torch.backends.mha.get_fastpath_enabled()
-            try:
-                torch.backends.mha.set_fastpath_enabled(False)  # as in the trace
-                places = Places(model)
-                mode = _Without(self.of, self._active(dims, units), places, numbers or {})
-                with _apart(model, self.layers), places.followed(), mode:
-                    yield
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fast)
+            places = Places(model)
+            mode = _Without(self.of, self._active(dims, units), places, numbers or {})
+            with _apart(model, self.layers), places.followed(), mode:
+                yield
 
     def _active(self, dims: Dims, units: Mapping[str, int]) -> Callable[[Tensor], Tensor]:
         parent = self.coupling.parent

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from slimkernels._copy import deep_copy
+from slimkernels.elastic.attention import ATTENTION, out_proj_of, out_projections
 from slimkernels.elastic.cost import layer_costs, parameter_costs
 from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE
 from slimkernels.elastic.depth import make_skippable
@@ -109,10 +110,12 @@ def convert(
     left_alone = _left_alone(model, analysis, ignored)
     order, notes = orders(model, analysis.dims, analysis.groups, sort, batches, loss_fn)
     permute(model, analysis.dims, order)
-    if analysis.states:
-        notes.append(
-            f"initial states written at the full size are cut to their first units: {', '.join(analysis.states)}"
-        )
+    masked = [name for name in analysis.states if isinstance(model.get_submodule(name), ATTENTION)]
+    states = [name for name in analysis.states if name not in masked]
+    if states:
+        notes.append(f"initial states written at the full size are cut to their first units: {', '.join(states)}")
+    if masked:
+        notes.append(f"masks written for all heads are cut to those of the first heads: {', '.join(masked)}")
     plan = Plan(
         widths=widths,
         divisor=divisor,
@@ -197,15 +200,15 @@ def _finite_copy(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
 
 
 def _analyse(model: nn.Module, example: Any, ignored: set[str], permutes: bool) -> Analysis:
-    attention = {
-        f"{name}.out_proj" for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
-    }
+    ends = out_projections(model)
 
     def unsliced(name: str, module: nn.Module) -> str | None:
         if name in ignored:
             return "ignored, as asked"
-        if name in attention:
-            return "MultiheadAttention layers are not sliced"
+        if name in ends:
+            return unsliced(ends[name], model.get_submodule(ends[name]))
+        if out_proj_of(name) in ends and out_proj_of(name) in ignored:
+            return "its out_proj is ignored, as asked"
         return reason_not_slimmable(module) if kind_of(module) else None
 
     def attempt(way: str) -> tuple[bool, float, Analysis]:
@@ -260,7 +263,8 @@ def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict
         if layer in live and layer != name:
             found[name] = f"its hidden units stay full: {reason}"
         elif name in live and reason not in (IS_OUTPUT, SINGLE):
-            found[name] = f"its outputs stay full: {reason}"
+            part = "heads" if isinstance(model.get_submodule(name), ATTENTION) else "outputs"
+            found[name] = f"its {part} stay full: {reason}"
     return found
 
 

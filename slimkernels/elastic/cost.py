@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from slimkernels.elastic.attention import ATTENTION, called_with, inference_path_off
+from slimkernels.elastic.attention import macs_of as attention_macs
 from slimkernels.elastic.layers import CONVS, RECURRENT, TRANSPOSED, full_size, kind_of
 from slimkernels.elastic.plan import Depth, LayerCost, ParameterCost, Width, is_inside, plan
 from slimkernels.elastic.recurrent import CELLS, LAYERS, macs_of, steps_of
@@ -16,7 +18,9 @@ class Cost(NamedTuple):
     """What a sub-network costs."""
 
     params: int  # elements of the parameters of the extracted network
-    macs: int  # multiply-accumulates of its Linear, convolution and recurrent layers, for the example inputs of ``convert``
+    # Multiply-accumulates of its Linear, convolution, recurrent and MultiheadAttention layers, for the example inputs of
+    # ``convert``.
+    macs: int
 
 
 def cost(model: nn.Module, width: Width, depth: Depth = None) -> Cost:
@@ -64,6 +68,11 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
     """Runs a plain model once and counts, per layer that multiplies, over all its calls."""
     names = {id(module): name for name, module in model.named_modules()}
     factors: dict[str, int] = {}
+    products: dict[tuple[str, tuple[str, str]], int] = {}  # of attention layers
+
+    def record_attention(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        for name, sides, times in attention_macs(module, names[id(module)], called_with(args, kwargs)):
+            products[name, sides] = products.get((name, sides), 0) + times
 
     def record(module: Any, inputs: tuple, output: Any) -> None:
         if isinstance(module, RECURRENT):
@@ -91,8 +100,13 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
 
     counted = (nn.Linear, *CONVS, *LAYERS, *CELLS)
     hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, counted)]
+    hooks += [
+        m.register_forward_hook(record_attention, with_kwargs=True)
+        for m in model.modules()
+        if isinstance(m, ATTENTION) and type(m).forward is nn.MultiheadAttention.forward
+    ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), inference_path_off():
             run(model, example_inputs)
     except Exception:
         return []  # the trace reports why the model does not run
@@ -111,4 +125,10 @@ def layer_costs(model: nn.Module, example_inputs: Any) -> list[LayerCost]:
             continue
         size_in, size_out = (full_size(module, kind, side) for side in ("in", "out"))
         found.append(LayerCost(name, size_in, size_out, getattr(module, "groups", 1) > 1, factor))
+    for (name, sides), factor in products.items():
+        module = model.get_submodule(name)
+        kind = kind_of(module)
+        assert kind is not None
+        size_in, size_out = (full_size(module, kind, side) if side else 1 for side in sides)
+        found.append(LayerCost(name, size_in, size_out, False, factor, sides))
     return found

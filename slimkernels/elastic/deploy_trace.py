@@ -13,6 +13,8 @@ import torch
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
+from slimkernels.nn.attention import AnySizeMultiheadAttention
+
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__)))
 
 
@@ -49,7 +51,9 @@ class _Tracer(fx.Tracer):
 
 
 def is_torch_layer(module: nn.Module) -> bool:
-    """A user's subclass of a layer of torch that computes as that layer does."""
+    """A user's subclass of a layer of torch that computes as that layer does; an attention that takes its place."""
+    if isinstance(module, AnySizeMultiheadAttention):
+        return True
     cls = type(module)
     base: Any = next((b for b in cls.__mro__ if b.__module__.startswith("torch.nn.modules")), nn.Module)
     if base in (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict):

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slimkernels.elastic.attention import ATTENTION, CutMasks, out_proj_of, resize
 from slimkernels.elastic.depth import SkippableBlock, always_run, remove, renumber
-from slimkernels.elastic.layers import RECURRENT, full_size, kind_of
+from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, slim_class
 from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_again
 from slimkernels.elastic.plan import Depth, Width, is_inside, plan
 from slimkernels.elastic.recurrent import CutStates, refresh, state_sizes
@@ -32,7 +33,10 @@ def extract(
 
     A network built at that width and depth loads its state_dict: skipped blocks are not there, and the modules of a
     Sequential or ModuleList are numbered anew. Where the forward needs a block's place, an ``nn.Identity`` fills it. Where
-    it writes initial states of a recurrent layer at the full size, a hook of the layer cuts them. The model stays as it is.
+    it writes initial states of a recurrent layer at the full size, or attention masks for all heads, a hook of the layer cuts
+    them. ``nn.MultiheadAttention`` is extracted as such where the channels of its heads, ``num_heads * head_dim``, are as many
+    as the features around it; at other widths, which torch's layer cannot have, as ``nn.AnySizeMultiheadAttention`` of
+    slimkernels. The model stays as it is.
 
     Args:
         width, depth: as in ``set_width``; or, instead of them:
@@ -81,12 +85,15 @@ def subnetwork(model: nn.Module, width: Width, depth: Depth) -> tuple[nn.Module,
             plain_parameters_again(module)
         if isinstance(module, SlimModule) and "_plain_attributes" in module.__dict__:
             _become_plain(module)
-        full_states = state_sizes(module) if name in known.states else ()
+        cut = None
+        if name in known.states:
+            cut = CutMasks(module.num_heads) if isinstance(module, ATTENTION) else CutStates(state_sizes(module))
         _resize(name, module, dims, units)
-        if full_states:
-            module.register_forward_pre_hook(CutStates(full_states), with_kwargs=True)
+        if cut is not None:
+            module.register_forward_pre_hook(cut, with_kwargs=True)
         if isinstance(module, RECURRENT):
             refresh(module)
+    for module in made.modules():
         fast_path_again(module)
     return made, skipped
 
@@ -143,10 +150,10 @@ def _become_plain(module: Any) -> None:
     cls = type(module)
     kind = kind_of(module)
     assert kind is not None
-    own: list[type] = [
-        base for base in cls.__bases__ if not issubclass(base, SlimModule) and issubclass(base, kind.torch_class)
-    ]
-    # The class that convert made of a user's subclass has it as a base; a slimmable class has torch's.
+    # The class that convert made of a user's subclass has it as a base beside the slimmable one.
+    slim = slim_class(kind)
+    assert slim is not None
+    own = [base for base in cls.__bases__ if base not in slim.__mro__]
     module.__class__ = own[0] if own else kind.torch_class
     hooks = module._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("slimkernels.")]:
@@ -161,6 +168,7 @@ def _resize(name: str, module: nn.Module, dims: Dims, units: Mapping[str, int]) 
     kind = kind_of(module)
     if kind is None:
         return
+    heads = full_size(module, kind, "heads") if "heads" in kind.sides else 0
     for side in kind.sides:
         dim = dims.get((name, side))
         if dim is None or not kind.sizes[side]:
@@ -171,3 +179,7 @@ def _resize(name: str, module: nn.Module, dims: Dims, units: Mapping[str, int]) 
                 per_group = full_size(module, kind, side) // getattr(module, groups)
                 setattr(module, groups, active // per_group)
         setattr(module, attribute, (active,) if isinstance(getattr(module, attribute), tuple) else active)
+    if isinstance(module, ATTENTION):
+        made, out = dims.get((name, "heads")), dims.get((out_proj_of(name), "out"))
+        heads = heads if made is None else made.active(units)
+        resize(module, heads, module.out_proj.out_features if out is None else out.active(units))

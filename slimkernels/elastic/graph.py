@@ -12,6 +12,7 @@ from slimkernels.elastic.plan import Dim, Run, WidthGroup
 from slimkernels.elastic.recurrent import HIDDEN
 
 Key = tuple[str, str]  # (module, side)
+PRODUCED = ("out", "cell", "heads")  # sides of what a layer makes
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Analysis:
     reasons: dict[str, str] = field(default_factory=dict)  # module -> reason why a group it belongs to was left alone
     reached: set[str] = field(default_factory=set)  # modules that the trace saw
     spots: Spots | None = None  # operations over channels that are written in the network
-    states: list[str] = field(default_factory=list)  # recurrent layers given states of the full size at every width
+    # Recurrent layers given states of the full size at every width, attention layers given masks for all heads.
+    states: list[str] = field(default_factory=list)
 
     def reject(self, names: set[str], reason: str) -> None:
         """Leave groups alone: their positions become fixed."""
@@ -70,7 +72,7 @@ def _classes(coupling: Coupling, without: set[Key]) -> dict[int, list[tuple[Key,
         if key not in without:
             for position, label in enumerate(coupling.labels(key)):
                 classes[label].append((key, position))
-    return {label: m for label, m in classes.items() if any(side in ("out", "cell") for (_, side), _ in m)}
+    return {label: m for label, m in classes.items() if any(side in PRODUCED for (_, side), _ in m)}
 
 
 def _ties(coupling: Coupling, classes: dict[int, list]) -> list[tuple[int, int]]:
@@ -104,13 +106,14 @@ def _add_group(
     modules: dict[str, nn.Module],
 ) -> None:
     keys = {key for key, _ in classes[labels[0]]}
-    producers = [name for name in modules if (name, "out") in keys]
+    producers = [name for name in modules if (name, "out") in keys or (name, "heads") in keys]
     cells = [name for name in modules if (name, "cell") in keys]
     # A depthwise convolution passes channels on: the layer that makes them gives the name.
     made = [name for name in producers if (name, "in") not in keys] or producers
     name = made[0] if made else cells[0] + HIDDEN
-    # The width of a recurrent layer is that of one direction.
-    counted = next(key for key in ((name, "state"), (name, "out"), (cells[0] if cells else "", "cell")) if key in keys)
+    # The width of a recurrent layer is that of one direction, that of attention is that of q.
+    cell = cells[0] if cells else "", "cell"
+    counted = next(key for key in ((name, "state"), (name, "heads"), (name, "out"), cell) if key in keys)
     positions = {label: [p for key, p in classes[label] if key == counted] for label in labels}
     ordered = sorted(labels, key=lambda label: positions[label][0])
     reason = next((poison[label] for label in ordered if label in poison), None)
@@ -118,7 +121,8 @@ def _add_group(
         reason is None
         and summed.isdisjoint(labels)
         and not any(
-            side in ("in", "cell") or side.startswith("param") for _, side in keys - {(p, "in") for p in producers}
+            side in ("in", "key", "value", "cell") or side.startswith("param")
+            for _, side in keys - {(p, "in") for p in producers}
         )
     ):
         reason = "no layer takes its channels in"
@@ -137,7 +141,7 @@ def _add_group(
         return
     unit = len(positions[ordered[0]])
     analysis.groups[name] = WidthGroup(
-        name, len(ordered), unit, tuple(sorted(keys, key=lambda k: list(modules).index(k[0])))
+        name, len(ordered), unit, tuple(sorted(keys, key=lambda k: (list(modules).index(k[0]), k[1])))
     )
     unit_of.update({label: (name, i) for i, label in enumerate(ordered)})
 
@@ -190,6 +194,8 @@ def _reject_unsupported(analysis: Analysis, modules: dict[str, nn.Module]) -> No
         simple = dim.blocks == 1
         if side == "cell" and not simple:
             analysis.reject(dim.groups, f"the hidden units of {name} are no leading slice")
+        elif side in ("key", "value") and not simple and module.in_proj_weight is None:
+            analysis.reject(dim.groups, f"the {side}s of {name} are no leading slice")
         elif (
             side == "out"
             and not simple

@@ -97,7 +97,7 @@ def _magnitude(tensors: Sequence[Sliced], groups: Groups, sort: str) -> dict[str
     scores = {name: torch.zeros(group.units, dtype=torch.float64) for name, group in groups.items()}
     for sliced in tensors:
         for axis, dim in sliced.axes.items():
-            if not sliced.name.startswith("weight") or dim.side not in ("out", "gates", *TAKES_IN):
+            if "weight" not in sliced.name or dim.side not in ("out", "gates", "heads", "rows", *TAKES_IN):
                 continue
             values = sliced.tensor.double().square() if squares else sliced.tensor.double().abs()
             for name, score in _per_unit(values, axis, dim, groups).items():

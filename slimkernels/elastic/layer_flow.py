@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slimkernels.elastic.absent import Places, Spots
+from slimkernels.elastic.attention import ATTENTION, called_with, inference_path_off, out_proj_of
 from slimkernels.elastic.coupling import IS_OUTPUT, SINGLE, Coupling
 from slimkernels.elastic.flow import Follower
 from slimkernels.elastic.labels import FIXED, Labels, varying
@@ -36,8 +37,6 @@ class _Layers:
                 self.followed[name] = module
                 self.spots.layers.append(name)
             reason = reasons[name] or ("its weights are used outside of it" if sliced else None)
-            if isinstance(module, nn.MultiheadAttention):
-                reason = "MultiheadAttention layers are not sliced"
             label = self.labels.fixed(FIXED if reason is None else f"coupled to {name}: {reason}" if name else reason)
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is None or (f"{name}.{key}" if name else key) in plain:
@@ -112,6 +111,8 @@ class _Layers:
         x = args[0] if args else next(iter(kwargs.values()))
         if isinstance(module, RECURRENT):
             self._follow_recurrent(name, module, x, given_states(args, kwargs), y)
+        elif isinstance(module, ATTENTION):
+            self._follow_attention(name, called_with(args, kwargs), y)
         elif "ch" in kind.sides:
             if full_size(module, kind, "ch") == 1 and isinstance(module, nn.PReLU):
                 self.labels.put(y, self.labels.get(x))
@@ -152,6 +153,21 @@ class _Layers:
             self.put_out(out.data if isinstance(out, PackedSequence) else out, name, "out")
         for state, side in zip(as_states(states), sides, strict=False):
             self.put_out(state, name, side)
+
+    def _follow_attention(self, name: str, call: dict[str, Any], y: tuple[Tensor, Tensor | None]) -> None:
+        for argument, side in (("query", "in"), ("key", "key"), ("value", "value")):
+            if not self.taken(call[argument], name, side):
+                labels = self.labels.get(call[argument])
+                self.follower.spoil(labels, f"{name} works on another dimension than that of its channels")
+        for mask in (call.get("attn_mask"), call.get("key_padding_mask")):
+            if mask is not None:
+                self.follower.spoil(self.labels.get(mask), f"its channels are a mask of {name}")
+        out, weights = y
+        ends = out_proj_of(name)
+        self.coupling.known.update((ends, side) for side in ("in", "out"))
+        self.put_out(out, ends, "out")
+        if weights is not None:
+            self.labels.put(weights, None)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -200,15 +216,11 @@ def follow(
     for t in given:
         if layers.labels.get(t) is None:
             layers.labels.put(t, torch.tensor(layers.labels.fixed(FIXED), dtype=torch.int32))
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it would hide the layers of a transformer block
-        with layers.listening(), torch.no_grad(), layers.places.followed(), layers.follower:
+        with inference_path_off(), layers.listening(), torch.no_grad(), layers.places.followed(), layers.follower:
             outputs = call()
     except Exception as error:
         raise FollowError(error) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
     if not outputs:
         raise NoOutput(f"none from {type(model).__name__}")
     for y in outputs:

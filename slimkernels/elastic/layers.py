@@ -1,7 +1,8 @@
 """What the converter knows of each torch layer: which of its dimensions can be sliced, and which tensors have them.
 
 A *side* names a sliced dimension of a module: ``in`` and ``out`` of the layers that mix channels, ``ch`` of those that
-keep them (norms, PReLU), ``param:<name>`` of a plain parameter; those of recurrent layers are in ``recurrent.py``.
+keep them (norms, PReLU), ``param:<name>`` of a plain parameter; those of recurrent layers are in ``recurrent.py``, those
+of attention layers in ``attention.py``.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import cache
 from torch import nn
 
 from slimkernels import nn as slim
-from slimkernels.elastic import recurrent
+from slimkernels.elastic import attention, recurrent
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def kinds() -> tuple[LayerKind, ...]:
     for layer in (*recurrent.LAYERS, *recurrent.CELLS):
         found.append(LayerKind(layer, recurrent.SIDES, {}, f"Slim{layer.__name__}"))
     found.append(LayerKind(nn.LSTM, recurrent.PROJECTED, {}, "SlimLSTM"))
+    found.append(LayerKind(nn.MultiheadAttention, attention.SIDES, {}, "SlimMultiheadAttention"))
     found.append(LayerKind(nn.PReLU, {"ch": "num_parameters"}, {"weight": {0: "ch"}}))
     return tuple(found)
 
@@ -66,7 +68,7 @@ def kinds() -> tuple[LayerKind, ...]:
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVS = (nn.modules.conv._ConvNd,)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-TAKES_IN = ("in", "state", "next", "cell")  # sides whose inactive entries have to see zeros
+TAKES_IN = ("in", "key", "value", "state", "next", "cell")  # sides whose inactive entries have to see zeros
 TRANSPOSED = (nn.modules.conv._ConvTransposeNd,)
 
 
@@ -87,6 +89,8 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def full_size(module: nn.Module, kind: LayerKind, side: str) -> int:
     if isinstance(module, RECURRENT):
         return recurrent.size_of(module, side)
+    if isinstance(module, attention.ATTENTION):
+        return attention.size_of(module, side)
     size = getattr(module, kind.sizes[side])
     return size[0] if isinstance(size, tuple) else size
 
@@ -95,6 +99,8 @@ def tensor_axes(module: nn.Module, kind: LayerKind) -> dict[str, dict[int, str]]
     """Tensor name -> {axis: side} of this very module: a grouped convolution's inner axis is never cut."""
     if isinstance(module, RECURRENT):
         return recurrent.axes_of(module)
+    if isinstance(module, attention.ATTENTION):
+        return attention.axes_of(module)
     if getattr(module, "groups", 1) > 1:
         outer = "in" if isinstance(module, TRANSPOSED) else "out"
         return {"weight": {0: outer}, "bias": {0: "out"}}
@@ -125,4 +131,6 @@ def reason_not_slimmable(module: nn.Module) -> str | None:
         return "it keeps running statistics"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) != 1:
         return "it normalises over several dimensions"
+    if isinstance(module, attention.ATTENTION) and (reason := reason_not_slimmable(module.out_proj)) is not None:
+        return f"of its out_proj: {reason}"
     return None

@@ -154,7 +154,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     stages: dict[str, Stage] = field(default_factory=dict)
     projections: dict[str, int] = field(default_factory=dict)  # LSTM with a projection -> its full size
-    states: list[str] = field(default_factory=list)  # recurrent layers given states of the full size at every width
+    # Recurrent layers given states of the full size at every width, attention layers given masks for all heads.
+    states: list[str] = field(default_factory=list)
     current: Any = 1.0
     current_depth: Any = None
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -223,7 +224,11 @@ class Plan:
             group.name
             for group in self.groups.values()
             if isinstance(key, str)
-            and any(matches(name, key) for name, side in group.members if side in ("out", "ch", "cell") or ":" in side)
+            and any(
+                matches(name, key)
+                for name, side in group.members
+                if side in ("out", "ch", "cell", "heads") or ":" in side
+            )
         ]
 
     def units(self, where: str, width: Width) -> dict[str, int]:

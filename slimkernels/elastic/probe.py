@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from slimkernels._copy import deep_copy
+from slimkernels.elastic.attention import ATTENTION, has_all_masks
 from slimkernels.elastic.graph import Analysis
 from slimkernels.elastic.layers import RECURRENT
 from slimkernels.elastic.recurrent import as_states, given_states, state_sizes
@@ -25,6 +26,7 @@ from slimkernels.elastic.trace import one_line, run
 from slimkernels.elastic.transform import transform
 from slimkernels.elastic.width import apply, assignments
 from slimkernels.nn._base import SlimModule
+from slimkernels.nn.attention import SlimMultiheadAttention
 
 # Relative to the norm of the output. Beyond the first, which rounding seldom is, the same is done in float64.
 _TOLERANCE = 1e-5
@@ -115,11 +117,15 @@ class Prober:
 
     @torch.no_grad()
     def states_of_full_size(self) -> list[str]:
-        """Recurrent layers whose initial states the network writes at the full size, whatever the width."""
+        """Recurrent layers whose initial states the network writes at the full size, whatever the width, and attention layers
+        whose masks it writes for all heads."""
         found: dict[str, None] = {}
 
         def listen(name: str, module: Any) -> Any:
             def hook(layer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+                if isinstance(layer, SlimMultiheadAttention):
+                    found.update({name: None} if has_all_masks(layer, layer.heads, args, kwargs) else {})
+                    return
                 active = (
                     (layer.proj_width or layer.width, layer.width)
                     if hasattr(layer, "proj_width")
@@ -134,8 +140,9 @@ class Prober:
             return module.register_forward_pre_hook(hook, with_kwargs=True)
 
         elastic = self.single.elastic
+        layers = (*RECURRENT, *ATTENTION)
         hooks = [
-            listen(n, m) for n, m in elastic.named_modules() if isinstance(m, RECURRENT) and isinstance(m, SlimModule)
+            listen(n, m) for n, m in elastic.named_modules() if isinstance(m, layers) and isinstance(m, SlimModule)
         ]
         if hooks:
             units = {name: max(1, self.units[name] // 2) for name in self.analysis.groups}

@@ -11,6 +11,9 @@ from slimkernels.elastic.cost import Cost, cost
 from slimkernels.elastic.plan import Plan, Stage, WidthGroup, plan, unwrap
 from slimkernels.elastic.transform import batch_norms
 
+_NOT_SHOWN = ("gates", "next", "state", "rows")
+_SHOWN = {"in": " (in)", "cell": " (hidden)", "heads": " (heads)", "key": " (keys)", "value": " (values)"}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -32,8 +35,10 @@ class Report:
         yield f"[bold]{len(self.groups)} width dimensions[/], widths {self.widths}, batch norm {self.norm}"
         dimensions = Table("width dimension", "full", "smallest", "layers")
         for name, group in self.groups.items():
-            shown_sides = [(module, side) for module, side in group.members if side not in ("gates", "next", "state")]
-            sides = [module + {"in": " (in)", "cell": " (hidden)"}.get(side, "") for module, side in shown_sides]
+            shown_sides = [(m, side) for m, side in group.members if side not in _NOT_SHOWN]
+            packed = {m for m, side in shown_sides if side == "in"}  # its keys and values are not apart
+            shown_sides = [(m, side) for m, side in shown_sides if side not in ("key", "value") or m not in packed]
+            sides = [module + _SHOWN.get(side, "") for module, side in shown_sides]
             shown = ", ".join(sides[:4]) + (f" and {len(sides) - 4} more" if len(sides) > 4 else "")
             dimensions.add_row(name, str(group.size), str(self.smallest[name]), shown)
         yield dimensions

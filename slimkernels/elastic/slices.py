@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimkernels.elastic.attention import average_over, inference_path_off
 from slimkernels.elastic.layers import TAKES_IN, kind_of, tensor_axes
 from slimkernels.elastic.plan import Dim
 
@@ -108,10 +109,11 @@ def masked(model: nn.Module, dims: Dims, units: Mapping[str, int]) -> Iterator[N
     """A plain model that computes at full width what its slices compute: whatever takes channels in gets zeros for
     inactive ones.
 
-    A layer norm or a group norm of one group, which mix channels, are made to see the active ones only.
+    A layer norm or a group norm of one group, which mix channels, are made to see the active ones only; the attention
+    weights that an attention layer gives are those of the active heads.
     """
     saved: list[tuple[Tensor, Tensor]] = []
-    norms: list[nn.Module] = []
+    replaced: list[nn.Module] = []
     modules = dict(model.named_modules())
     try:
         with torch.no_grad():
@@ -126,12 +128,16 @@ def masked(model: nn.Module, dims: Dims, units: Mapping[str, int]) -> Iterator[N
                         sliced.tensor.mul_(keep.view(shape).to(sliced.tensor))
         for (name, side), dim in dims.items():
             if side == "ch" and _mixes_channels(modules[name]):
-                norms.append(modules[name])
+                replaced.append(modules[name])
                 modules[name].forward = _masked_norm(modules[name], dim.positions(units))
-        yield
+            elif side == "heads":
+                replaced.append(modules[name])
+                modules[name].forward = average_over(modules[name], dim.active(units))
+        with inference_path_off():
+            yield
     finally:
-        for norm in norms:
-            del norm.forward
+        for module in replaced:
+            del module.forward
         with torch.no_grad():
             for tensor, old in reversed(saved):
                 tensor.copy_(old)

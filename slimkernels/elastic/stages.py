@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels._copy import deep_copy
+from slimkernels.elastic.attention import inference_path_off
 from slimkernels.elastic.depth import make_skippable, remove, renumber, skip
 from slimkernels.elastic.graph import Analysis
 from slimkernels.elastic.layers import kind_of
@@ -26,7 +27,7 @@ class _Calls:
 
         hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), inference_path_off():
                 run(model, example_inputs)
         finally:
             for hook in hooks:

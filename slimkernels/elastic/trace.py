@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from slimkernels._copy import deep_copy
 from slimkernels.elastic.absent import Spots
+from slimkernels.elastic.attention import ATTENTION
+from slimkernels.elastic.attention import same_units as same_heads
 from slimkernels.elastic.coupling import Coupling
 from slimkernels.elastic.layer_flow import FollowError, NoOutput, follow
 from slimkernels.elastic.layers import RECURRENT, full_size, kind_of
@@ -89,7 +91,7 @@ def plain_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, int]]:
     longer than 1, or the one after the batch's of four."""
     found = {}
     for name, module in model.named_modules():
-        if kind_of(module) is not None or isinstance(module, nn.MultiheadAttention):
+        if kind_of(module) is not None:
             continue
         for key, p in module._parameters.items():
             axes = [] if p is None else [i for i, size in enumerate(p.shape) if size > 1]
@@ -131,8 +133,11 @@ def trace(
             f"convert: the model does not run on example_inputs ({one_line(error.error)})"
         ) from error.error
     for name, module in model.named_modules():
-        _couple_within(coupling, name, module)
         reason = reasons[name]
+        if isinstance(module, ATTENTION) and reason is None:
+            for (a, i), (b, j) in same_heads(module, name):
+                coupling.union(coupling.node(a, i), coupling.node(b, j))
+        _couple_within(coupling, name, module)
         if reason is not None:
             for dimension in [key for key in coupling.offsets if key[0] == name]:
                 coupling.poison_all(dimension, f"coupled to {name}: {reason}" if name else reason)

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from slimkernels.elastic.attention import ATTENTION, out_proj_of
 from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, reason_not_slimmable, slim_class
 from slimkernels.elastic.parameters import slice_parameters
 from slimkernels.elastic.plan import Dim
 from slimkernels.elastic.slices import parameter_side
+from slimkernels.nn.attention import AnySizeMultiheadAttention
 from slimkernels.nn.batch_norm import SlimBatchNorm
 
 
@@ -26,6 +28,8 @@ def transform(model: nn.Module, dims: Mapping[tuple[str, str], Dim], ignored: Co
         plain = {found[1]: found[0] for side in by_side if (found := parameter_side(side)) is not None}
         if plain:
             slice_parameters(module, plain)
+        elif isinstance(module, ATTENTION) and kind is not None and out_proj_of(name) in sides:
+            _become_slim(module, by_side)  # torch's own reads the weights of out_proj past it
         elif kind is None or (not by_side and not _is_batch_norm(module, name, ignored)):
             continue
         elif not kind.slim_name:
@@ -33,24 +37,27 @@ def transform(model: nn.Module, dims: Mapping[tuple[str, str], Dim], ignored: Co
         else:
             _become_slim(module, by_side)
     for name, module in modules.items():
-        for attribute in _FAST_PATHS.get(type(module), ()):
+        for attribute in (a for layer, a in _FAST_PATHS.items() if isinstance(module, layer)):
             if any(key.startswith(f"{name}." if name else "") for key in sides):
                 module.__dict__["_fast_path"] = (attribute, getattr(module, attribute))
                 setattr(module, attribute, False)
 
 
 # torch's transformer layers have an inference path that reads their layers' weights past the layers; this turns it off.
-_FAST_PATHS: dict[type, tuple[str, ...]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu",),
-    nn.TransformerEncoder: ("use_nested_tensor",),
+_FAST_PATHS: dict[type, str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
 }
 
 
 def fast_path_again(module: nn.Module) -> None:
-    """Undo what ``transform`` did to a transformer layer of torch."""
+    """Undo what ``transform`` did to a transformer layer of torch; its inference path stays off where that does not take
+    the attention's sizes."""
     if "_fast_path" in module.__dict__:
         attribute, value = module.__dict__.pop("_fast_path")
-        setattr(module, attribute, value)
+        attentions: list[Any] = [m for m in module.modules() if isinstance(m, ATTENTION)]
+        if all(m.num_heads % 2 == 0 and not isinstance(m, AnySizeMultiheadAttention) for m in attentions):
+            setattr(module, attribute, value)
 
 
 def _is_batch_norm(module: nn.Module, name: str, ignored: Collection[str]) -> bool:
@@ -84,7 +91,9 @@ def _become_slim(module: Any, sides: Mapping[str, Dim]) -> None:
 @cache
 def _combined(slim: Any, own: Any) -> type:
     """A user's subclass (with no forward of its own) that is slimmable too."""
-    return type(own.__name__, (slim, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+    # Of a module that torch.compile takes for torch's own it holds tensors, the width's too, to be of one shape.
+    module = slim.__module__ if own.__module__.startswith("torch.") else own.__module__
+    return type(own.__name__, (slim, own), {"__module__": module, "__qualname__": own.__qualname__})
 
 
 def set_norm_mode(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimkernels._copy import deep_copy
+from slimkernels.elastic.attention import ATTENTION
 from slimkernels.elastic.depth import skip
 from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.parameters import set_parameter_width
@@ -119,6 +120,7 @@ def assignments(
         module = modules[name]
         has_projection = isinstance(module, RECURRENT) and projection(module) > 0
         made = ("cell",) if has_projection else ("state",) if isinstance(module, RECURRENT) else ("out", "ch")
+        made = ("heads",) if isinstance(module, ATTENTION) else made
         layer = [dim for side, dim in sides.items() if side in made]
         if isinstance(module, SlimModule):
             n = layer[0].active(units) if layer else module.full_width

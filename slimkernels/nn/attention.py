@@ -13,6 +13,14 @@ from slimkernels.nn.linear import SlimLinear
 from slimkernels.ops.slim_linear import slim_linear
 
 
+def first_heads(mask: Tensor, query: Tensor, batch_first: bool, full: int, heads: int) -> Tensor:
+    """Of a mask for each of ``full`` heads, as a network that writes their number makes at every width, the first heads'."""
+    batch = query.shape[0 if batch_first else 1] if query.dim() == 3 else 1
+    if heads == full or mask.dim() != 3 or mask.shape[0] != batch * full:
+        return mask
+    return mask.unflatten(0, (batch, full))[:, :heads].flatten(0, 1)
+
+
 class _Attention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose sizes are those of its weights, not all the one ``embed_dim``.
 
@@ -82,15 +90,17 @@ class _Attention(nn.MultiheadAttention):
         self._check(query, key, value)
         batched = query.dim() == 3
         batch_first = self.batch_first and batched
+        channels = self._channels()
+        heads = channels // self.head_dim
+        if attn_mask is not None:
+            attn_mask = first_heads(attn_mask, query, self.batch_first, self.num_heads, heads)
         q, k, v = self._in_projection(query, key, value)
         if not batched:
             q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
-        channels = self._channels()
-        heads = channels // self.head_dim
         q, k, v = (t.unflatten(-1, (heads, self.head_dim)).permute(order) for t in (q, k, v))
-        if is_causal and attn_mask is None:
+        if attn_mask is None and is_causal:
             raise ValueError(f"{type(self).__name__}: expected attn_mask with is_causal=True, got none")
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = self._mask(None if is_causal else attn_mask, key_padding_mask, q, k)
@@ -227,9 +237,9 @@ class SlimMultiheadAttention(SlimModule, _Attention):
 
     Same constructor, state_dict keys, initialisation, arguments and results as ``nn.MultiheadAttention``; at full width
     equal to it. ``width`` counts the channels of the active heads, whole heads of ``head_dim`` channels each; attention
-    weights, and masks for each head, are those of the active heads. How many features it puts out is the width of its
-    ``out_proj``, a ``SlimLinear``. A self-attention multiplies by the packed weight in place, as three blocks of rows
-    (see ``slimkernels.ops.slim_linear``); q, k and v of other tensors use views of it.
+    weights, and masks for each head, are those of the active heads (of masks for all heads the first are taken). How many
+    features it puts out is the width of its ``out_proj``, a ``SlimLinear``. A self-attention multiplies by the packed weight
+    in place, as three blocks of rows (see ``slimkernels.ops.slim_linear``); q, k and v of other tensors use views of it.
 
     Dtypes: query, key, value and the weights have one, float32, float64, bfloat16 or float16, or autocast's.
     Raises: ValueError when a width is no number of whole heads, a shape does not fit or ``is_causal`` has no mask;

@@ -242,7 +242,7 @@ NETS = {
             nn.Linear(16, 3),
         ),
         STEPS,
-        {"1.layers.0.linear1", "1.layers.1.linear1"},
+        {"0", *(f"1.layers.{i}.{layer}" for i in range(2) for layer in ("self_attn", "linear1"))},
     ),
     "input-beside": (
         lambda: Net(
@@ -306,13 +306,14 @@ def test_gated_convolutions_are_reported():
 def test_transformer_layers_have_their_fast_path_again_when_extracted():
     net, x, _ = build("transformer")
     model = elastic.convert(net, x, divisor=4)
-    reasons = elastic.report(model).left_alone
-    assert reasons["1.layers.0.self_attn"] == "MultiheadAttention layers are not sliced"
-    assert "1.layers.0.self_attn: MultiheadAttention layers are not sliced" in reasons["0"]
     plain = elastic.extract(model, 0.5)
     assert model[1].layers[0].activation_relu_or_gelu is False
     assert plain[1].layers[0].activation_relu_or_gelu == 1
     assert plain[1].use_nested_tensor is True
+    # Torch's layer cannot have other heads than features.
+    plain = elastic.extract(model, {"0": 0.5})
+    assert plain[1].layers[0].activation_relu_or_gelu is False
+    assert plain[1].use_nested_tensor is False
 
 
 LEFT = {

@@ -32,7 +32,7 @@ EXPECTED: dict[str, tuple[set[str], dict[str, str]]] = {
     "heads-of-the-embedding": ({"a"}, {}),
     "heads-by-unflatten": ({"a"}, {"q": "does not run when it is narrower"}),
     "packed-attention": ({"a"}, {}),
-    "multihead": ({"m.0"}, {"attention": "MultiheadAttention", "attention.out_proj": "MultiheadAttention"}),
+    "multihead": ({"a", "attention", "attention.out_proj", "m.0"}, {}),
     "non-local": ({"a", "q", "v"}, {}),
     "squeeze-excite": ({"a", "fc1"}, {}),
     "efficient-channel-attention": (set(), {"a": "over works across its channels"}),

@@ -222,8 +222,10 @@ def test_masks_of_heads_are_those_of_the_active_ones():
     slim.set_width(12)
     x, mask = torch.randn(N, L, E), fixed(N * 2, L, L)
     assert slim(x, x, x, attn_mask=mask, average_attn_weights=False)[1].shape == (N, 2, L, L)
-    with pytest.raises(ValueError, match=r"expected attn_mask of shape \(4, 5, 5\), got \(8, 5, 5\)"):
-        slim(x, x, x, attn_mask=fixed(N * H, L, L))
+    whole = torch.cat([torch.cat([mask[i : i + 2], fixed(2, L, L)]) for i in (0, 2)])  # for all heads
+    assert torch.equal(slim(x, x, x, attn_mask=whole)[0], slim(x, x, x, attn_mask=mask)[0])
+    with pytest.raises(ValueError, match=r"expected attn_mask of shape \(4, 5, 5\), got \(6, 5, 5\)"):
+        slim(x, x, x, attn_mask=fixed(N * 3, L, L))
 
 
 def test_inputs_listed_by_in_index():
