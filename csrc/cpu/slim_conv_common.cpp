@@ -177,7 +177,7 @@ at::Tensor channel_sums(const at::Tensor& dy) {
 }
 
 at::Tensor sized_gradient(const at::Tensor& part, const at::Tensor& full, GradientSize size) {
-  if (size == GradientSize::kSlice) return part.to(full.scalar_type()).contiguous();
+  if (size == GradientSize::kSlice) return part.to(full.scalar_type()).contiguous(full.suggest_memory_format());
   if (part.sizes() == full.sizes()) {
     const bool as_is = part.strides() == full.strides() && part.scalar_type() == full.scalar_type();
     return as_is ? part : at::empty_like(full).copy_(part);

@@ -53,6 +53,48 @@ ConvTile pick_conv_tile(int64_t pixels) {
   }
 }
 
+// dw (R, V * kLanes at row stride ld) += sum over rows and pixels of x[r] * dy: R values side by side in the packed input.
+template <int R, int V>
+void gradient_tile(const float* x, int64_t x_row, int64_t x_step, const float* dy, int64_t dy_row, int64_t dy_step,
+                   int64_t rows, int64_t pixels, float* dw, int64_t ld) {
+  vf acc[R][V] = {};
+  for (int64_t i = 0; i < rows; ++i, x += x_row, dy += dy_row) {
+    const float* value = x;
+    const float* d = dy;
+    for (int64_t j = 0; j < pixels; ++j, value += x_step, d += dy_step) {
+      vf grad[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) grad[v] = load(d + v * kLanes);
+#pragma GCC unroll 28
+      for (int r = 0; r < R; ++r) {
+        const vf broadcast = splat(value[r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) acc[r][v] += broadcast * grad[v];
+      }
+    }
+  }
+#pragma GCC unroll 28
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* to = dw + r * ld + v * kLanes;
+      store(to, load(to) + acc[r][v]);
+    }
+  }
+}
+
+using GradientTile = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, float*,
+                              int64_t);
+
+template <int V, int R = 1>
+GradientTile pick_gradient_tile(int64_t values) {
+  if constexpr (R >= kTileAccumulators / V) {
+    return &gradient_tile<R, V>;
+  } else {
+    return values == R ? &gradient_tile<R, V> : pick_gradient_tile<V, R + 1>(values);
+  }
+}
+
 // `count` pixels in the fewest tiles of at most `limit`, as equal as can be.
 inline int64_t even_tile(int64_t count, int64_t limit) {
   const int64_t tiles = (count + limit - 1) / limit;

@@ -1,4 +1,5 @@
-// 3x3 convolution of stride 1 by Winograd's algorithm, channels-last, float32: what the entry prepares and the kernel reads.
+// 3x3 convolution of stride 1 by Winograd's algorithm, channels-last, float32: what the entry prepares and the kernel
+// reads.
 #pragma once
 
 #include "slim_conv_direct.h"
@@ -16,9 +17,13 @@ struct WinogradConv {
 // Whether these convolutions run here: `in` and `out` are the channels of what is read and of the result.
 bool winograd_pays(int64_t images, int64_t out_h, int64_t out_w, int64_t in, int64_t out);
 
-// y <- conv(in) + bias for a 3x3 kernel with stride and dilation 1; y is dense and channels-last, `bias` padded to whole vectors
-// or null. `view.flipped` gives the gradient of the input.
-void winograd_conv(const at::Tensor& in, const at::Tensor& weight, const WeightView& view, const float* bias, at::Tensor& y,
-                   int64_t pad_top, int64_t pad_left);
+// y <- conv(in) + bias for a 3x3 kernel with stride and dilation 1; y is dense and channels-last, `bias` padded to
+// whole vectors or null. `view.flipped` gives the gradient of the input.
+void winograd_conv(const at::Tensor& in, const at::Tensor& weight, const WeightView& view, const float* bias,
+                   at::Tensor& y, int64_t pad_top, int64_t pad_left);
+
+// The gradient of such a convolution's weight: dw (dy's channels, x's, 3, 3), dense and channels-last.
+bool winograd_gradient_pays(int64_t images, int64_t out_h, int64_t out_w, int64_t in, int64_t out);
+void winograd_gradient(const at::Tensor& dy, const at::Tensor& x, at::Tensor& dw, int64_t pad_top, int64_t pad_left);
 
 }  // namespace slimkernels

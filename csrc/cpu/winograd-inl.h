@@ -34,3 +34,23 @@ inline void winograd_weight(const vf* g, int step, vf* out, int out_step) {
   out[4 * out_step] = r - s;
   out[5 * out_step] = g2;
 }
+
+// For the gradient of the weight: transposed, what winograd_output and winograd_weight are.
+inline void winograd_output_gradient(const vf* u, int step, vf* out, int out_step) {
+  const vf u0 = u[0], u1 = u[step], u2 = u[2 * step], u3 = u[3 * step];
+  const vf p = u0 + 0.5f * u2, q = kPointA * (u1 + 0.5f * u3), r = u0 + 2.0f * u2, s = kPointB * (u1 + 2.0f * u3);
+  out[0] = u0;
+  out[out_step] = p + q;
+  out[2 * out_step] = p - q;
+  out[3 * out_step] = r + s;
+  out[4 * out_step] = r - s;
+  out[5 * out_step] = u3;
+}
+
+inline void winograd_weight_gradient(const vf* s, int step, vf* out, int out_step) {
+  const vf a_sum = s[step] + s[2 * step], a_difference = s[2 * step] - s[step];
+  const vf b_sum = s[3 * step] + s[4 * step], b_difference = s[3 * step] - s[4 * step];
+  out[0] = s[0] + b_sum * (1.0f / 6.0f) - a_sum * (1.0f / 1.5f);
+  out[out_step] = a_difference * (kPointA / 1.5f) + b_difference * (kPointB / 6.0f);
+  out[2 * out_step] = s[5 * step] + (b_sum - a_sum) * (1.0f / 3.0f);
+}

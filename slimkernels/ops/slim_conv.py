@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from slimkernels.ops._common import (
     OUTPUT_ACTIVATIONS,
@@ -220,7 +221,8 @@ def _backward_fake(dy, x, weight, stride, padding, dilation, groups, need_dx, ne
 def _backward_slice_fake(dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db):
     active = weight.narrow(0, 0, dy.shape[1]).narrow(1, 0, x.shape[1] // groups)
     dx, _, db = conv_backward_fake(dy, x, weight, dy.shape[1], need_dx, False, need_db)
-    return dx, weight.new_empty(active.shape) if need_dw else dy.new_empty(0), db
+    dw = active.clone(memory_format=suggest_memory_format(weight)) if need_dw else dy.new_empty(0)
+    return dx, dw, db
 
 
 def _backward_slice(dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db):
@@ -228,7 +230,7 @@ def _backward_slice(dy, x, weight, stride, padding, dilation, groups, need_dx, n
     run = torch.ops.slimkernels.slim_conv_backward.default
     dx, dw, db = run(dy, x, weight, stride, padding, dilation, groups, need_dx, need_dw, need_db)
     if need_dw:
-        dw = dw[: dy.shape[1], : x.shape[1] // groups].clone(memory_format=torch.contiguous_format)
+        dw = dw[: dy.shape[1], : x.shape[1] // groups].clone(memory_format=suggest_memory_format(weight))
     return dx, dw, db[: dy.shape[1]].clone() if need_db else db
 
 

@@ -35,6 +35,8 @@ def test_conv_gradients_of_the_slice_are_those_of_the_whole(dtype, c, n, kernel,
         assert torch.equal(full[1][:n, : c // groups] if needs[1] else full[1], part[1])
         assert torch.equal(full[2][:n] if needs[2] else full[2], part[2])
     torch.library.opcheck(OPS.slim_conv_backward_slice.default, (*args, True, True, True))
+    args = dy, x, weight.contiguous(memory_format=torch.channels_last), *geometry
+    torch.library.opcheck(OPS.slim_conv_backward_slice.default, (*args, True, True, True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)

@@ -107,7 +107,14 @@ def test_slim_conv_geometry(geometry, channels_last, dtype):
 @pytest.mark.parametrize("padding", [0, 1, 3])
 @pytest.mark.parametrize(
     ("batch", "c", "n", "size"),
-    [(4, 16, 16, (32, 32)), (3, 12, 20, (17, 13)), (64, 64, 64, (8, 8)), (9, 33, 48, (9, 10)), (9, 100, 72, (7, 6))],
+    [
+        (4, 16, 16, (32, 32)),
+        (6, 8, 9, (12, 12)),
+        (3, 12, 20, (17, 13)),
+        (64, 64, 64, (8, 8)),
+        (9, 33, 48, (9, 10)),
+        (9, 100, 72, (7, 6)),
+    ],
 )
 def test_slim_conv_winograd(batch, c, n, size, padding):
     """Enough pixels for Winograd's algorithm, with tiles that reach over each edge."""
