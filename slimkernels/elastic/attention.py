@@ -9,13 +9,12 @@ which takes the heads in.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimkernels.nn.attention import AnySizeMultiheadAttention, first_heads
+from slimkernels.nn.attention import first_heads
 
 ATTENTION = (nn.MultiheadAttention,)
 SIDES = {"in": "embed_dim", "key": "kdim", "value": "vdim", "heads": "", "rows": ""}
@@ -135,19 +134,3 @@ def average_over(module: Any, channels: int) -> Any:
         return y, weights
 
     return forward
-
-
-def resize(module: Any, heads: int, out: int) -> None:
-    """Say how many channels the heads of a plain layer have, once its other sizes are set. One that
-    ``nn.MultiheadAttention`` cannot have makes it an ``AnySizeMultiheadAttention``."""
-    module.num_heads = heads // module.head_dim
-    if not module.embed_dim == heads == out:
-        given: Any = type(module)
-        module.__class__ = AnySizeMultiheadAttention if given is nn.MultiheadAttention else _any_size(given)
-
-
-@cache
-def _any_size(own: Any) -> type:
-    """A user's subclass (with no forward of its own) of any size."""
-    body = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (AnySizeMultiheadAttention, own), body)

@@ -5,16 +5,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slimkernels.elastic.attention import ATTENTION, CutMasks, out_proj_of, resize
+from slimkernels.elastic.attention import ATTENTION, CutMasks, out_proj_of
 from slimkernels.elastic.depth import SkippableBlock, always_run, remove, renumber
 from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, slim_class
 from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_again
 from slimkernels.elastic.plan import Depth, Width, is_inside, plan
 from slimkernels.elastic.recurrent import CutStates, refresh, state_sizes
 from slimkernels.elastic.slices import Dims, Sliced, sliced_tensors, take
-from slimkernels.elastic.transform import batch_norms, fast_path_again
+from slimkernels.elastic.transform import batch_norms, combined, fast_path_again
 from slimkernels.elastic.width import view
 from slimkernels.nn._base import SlimModule
+from slimkernels.nn.attention import AnySizeMultiheadAttention
 
 
 def extract(
@@ -182,4 +183,8 @@ def _resize(name: str, module: nn.Module, dims: Dims, units: Mapping[str, int]) 
     if isinstance(module, ATTENTION):
         made, out = dims.get((name, "heads")), dims.get((out_proj_of(name), "out"))
         heads = heads if made is None else made.active(units)
-        resize(module, heads, module.out_proj.out_features if out is None else out.active(units))
+        module.num_heads = heads // module.head_dim
+        given: Any = type(module)
+        if not module.embed_dim == heads == (module.out_proj.out_features if out is None else out.active(units)):
+            any_size: Any = AnySizeMultiheadAttention
+            module.__class__ = any_size if given is nn.MultiheadAttention else combined(any_size, given)

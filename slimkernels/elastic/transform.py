@@ -72,7 +72,7 @@ def _become_slim(module: Any, sides: Mapping[str, Dim]) -> None:
     assert cls is not None
     own = set(module.__dict__)
     given: Any = type(module)
-    module.__class__ = cls if given is kind.torch_class else _combined(cls, given)
+    module.__class__ = cls if given is kind.torch_class else combined(cls, given)
     module._plain_attributes = own  # what is left when the layer becomes a plain one again
     if hasattr(module, "_init_slim"):
         module._init_slim()
@@ -89,11 +89,21 @@ def _become_slim(module: Any, sides: Mapping[str, Dim]) -> None:
 
 
 @cache
-def _combined(slim: Any, own: Any) -> type:
-    """A user's subclass (with no forward of its own) that is slimmable too."""
+def combined(slim: Any, own: Any) -> type:
+    """A user's subclass (with no forward of its own) that is also what takes the place of torch's layer."""
     # Of a module that torch.compile takes for torch's own it holds tensors, the width's too, to be of one shape.
     module = slim.__module__ if own.__module__.startswith("torch.") else own.__module__
-    return type(own.__name__, (slim, own), {"__module__": module, "__qualname__": own.__qualname__})
+
+    def reduced(self: Any, protocol: Any) -> Any:  # made at run time: not to be found by its name
+        return _rebuild, (slim, own), self.__dict__
+
+    body = {"__module__": module, "__qualname__": own.__qualname__, "__reduce_ex__": reduced}
+    return type(own.__name__, (slim, own), body)
+
+
+def _rebuild(slim: Any, own: Any) -> nn.Module:
+    cls: Any = combined(slim, own)
+    return cls.__new__(cls)
 
 
 def set_norm_mode(

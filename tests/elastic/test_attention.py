@@ -1,5 +1,7 @@
 """``nn.MultiheadAttention`` inside of elastic networks, and torch's transformer layers around it."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -89,15 +91,18 @@ def test_deployed_saved_and_in_eval_mode_without_gradients(name, tmp_path):
     model = elastic.convert(net, x, divisor=4)
     elastic.save(model, tmp_path / "net.safetensors")
     again = elastic.load(tmp_path / "net.safetensors", NETS[name][0]().eval())
+    pickled = pickle.loads(pickle.dumps(model))
     deployed = elastic.deploy(model)
     for width in WIDTHS:
         plain = elastic.extract(model, width)
         expected = plain(x)
         deployed.set_width(width)
         assert error(deployed(x), expected) < 2e-6
-        with elastic.width(model, width), elastic.width(again, width):
+        assert torch.equal(pickle.loads(pickle.dumps(plain))(x), expected)
+        with elastic.width(model, width), elastic.width(again, width), elastic.width(pickled, width):
             assert error(model(x), expected) < 2e-6
             assert torch.equal(again(x), model(x))
+            assert torch.equal(pickled(x), model(x))
         uneven = [m for m in attentions(plain) if not m.embed_dim == m.out_proj.in_features == m.out_proj.out_features]
         assert all(type(m) is AnySizeMultiheadAttention for m in uneven)
         assert all(type(m) is nn.MultiheadAttention for m in attentions(plain) if m not in uneven)
@@ -194,6 +199,25 @@ def test_torchs_inference_paths_with_padding():
 def own_forward(net, x):
     h = net.a(x)
     return net.out(net.m(h + h @ net.attention.in_proj_weight[:D].t()) + net.attention(h, h, h)[0])
+
+
+class Named(nn.MultiheadAttention):
+    """A user's own, with torch's forward."""
+
+
+@torch.no_grad()
+def test_a_users_own_class_stays():
+    net, x, _ = build("self")
+    net.attention.__class__ = Named
+    model = elastic.convert(net, x, divisor=4)
+    for width in (0.5, {"attention": 0.5}):
+        plain = elastic.extract(model, width)
+        with elastic.width(model, width):
+            assert error(model(x), plain(x)) < 1e-6
+        for other in (model, plain):
+            assert isinstance(other.attention, Named)
+            assert torch.equal(pickle.loads(pickle.dumps(other))(x), other(x))
+        assert (type(plain.attention) is Named) == (width == 0.5)
 
 
 class Own(nn.MultiheadAttention):
