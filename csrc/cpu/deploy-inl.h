@@ -325,5 +325,5 @@ deploy::Kernels kernels_of() {
   constexpr bool wide = std::is_same_v<T, float>;
   const auto winograd = wide ? &winograd_kernel : &small_winograd_kernel<T>;
   return {kLanes,   kTileRegisters,       &conv_kernel<T>, winograd,
-          wide ? 4 : deploy::kSmallOutputs, &narrow_kernel<T>, &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
+          &narrow_kernel<T>, &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
 }

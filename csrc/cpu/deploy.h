@@ -43,6 +43,7 @@ struct Misfit : std::runtime_error {
 struct Weights {
   at::Tensor packed, bias;       // as the kernels read them
   at::Tensor winograd;           // for 3x3 by Winograd's algorithm, beside `packed`
+  int64_t winograd_side = 0;     // its outputs in a row of a tile
   at::Tensor pairs, pair_bias;     // depthwise with bfloat16, two rows of taps at a time
   at::Tensor stem;                 // bfloat16, an odd number of channels: the taps of a row one after the other
   at::Tensor narrow, narrow_bias;  // for few outputs, several pixels in a vector
@@ -123,8 +124,11 @@ constexpr size_t kMaxPlans = 32;  // input shapes that a width keeps a plan for
 // Weights as the kernels read them; `groups` other than 1 and the channels stays PyTorch's.
 Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding,
-                  int64_t groups, bool transposed, at::ScalarType dtype, bool winograd);
-at::Tensor pack_winograd(const at::Tensor& weight, int64_t lanes, at::ScalarType dtype);  // undefined where it never pays
+                  int64_t groups, bool transposed, at::ScalarType dtype, bool winograd,
+                  bool normed);
+// The side of the tiles that Winograd's algorithm takes (0: it never pays), and the weights for it.
+int64_t winograd_side(const at::Tensor& weight, at::ScalarType dtype, bool normed);
+at::Tensor pack_winograd(const at::Tensor& weight, int64_t side, int64_t lanes, at::ScalarType dtype);
 Weights pack_affine(const at::Tensor& scale, const at::Tensor& shift);
 
 std::shared_ptr<const Plan> make_plan(const Bound& bound, const std::vector<at::Tensor>& inputs);

@@ -46,11 +46,12 @@ struct ConvJob {
   Epilogue epilogue;
 };
 
-// Winograd's F(4x4, 3x3) in float, F(2x2, 3x3) in bfloat16: `block` tiles of 4x4 (2x2) outputs at a time through 36 (16) matrices of
-// inputs (v) and of outputs (m, always float), which lie `v_position` and `m_position` numbers apart in a slot of the scratch
+// Winograd's F(4x4, 3x3) in float, F(3x3, 3x3) or F(2x2, 3x3) in bfloat16: `block` tiles of side x side outputs at a time through
+// 36, 25 or 16 matrices of inputs (v) and of outputs (m, always float), which lie `v_position` and `m_position` numbers apart in a slot of the scratch
 // memory; each slot is worked on by one thread.
 struct WinogradJob {
   int64_t images, out_h, out_w, in_c, out_c;
+  int64_t side;  // outputs in a row of a tile
   Plane x, y, residual;
   const char* weight;     // (matrices, vectors of outputs, in_c, lanes) floats or pairs
   int64_t vectors, tile;  // register tile of the products
@@ -99,14 +100,14 @@ struct Kernels {
   int64_t lanes, tile_registers;  // floats in a vector; accumulators a register tile may have
   void (*conv)(const ConvJob&, const Places&);
   void (*winograd)(const WinogradJob&, const Places&);
-  int64_t winograd_outputs;  // in a row of a tile
   void (*narrow)(const NarrowJob&, const Places&);
   void (*depthwise)(const DepthwiseJob&, const Places&);
   void (*pool)(const PoolJob&, const Places&);
   void (*pointwise)(const PointwiseJob&, const Places&);
 };
 
-constexpr int64_t kMaxVectors = 4, kMaxTile = 14, kSmallOutputs = 2;
+constexpr int64_t kMaxVectors = 4, kMaxTile = 14;
+constexpr float kSmallPointP = 0.4f, kSmallPointQ = 1.25f;  // of F(3x3, 3x3)
 
 const Kernels& float_kernels();
 const Kernels* bfloat16_kernels();  // null where the machine has no bfloat16 products (or the compiler did not know them)

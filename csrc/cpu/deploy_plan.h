@@ -36,7 +36,7 @@ class Planner {
   void depthwise(int step);
   bool narrow(int step);    // false where its pixels do not lie as the kernel takes them
   bool winograd(int step);  // false where it does not pay
-  WinogradForm pick_winograd(int64_t tiles, int64_t pixels, int64_t in, int64_t out) const;
+  WinogradForm pick_winograd(int64_t side, int64_t tiles, int64_t pixels, int64_t in, int64_t out) const;
   void zeros(int value);
   void copy(int from, int to, int step, int64_t x_shift, int64_t y_shift, int64_t w, int64_t c);
   void pointwise(int step, int x, int residual, const float* scale, const float* bias);

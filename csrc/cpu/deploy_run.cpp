@@ -312,7 +312,7 @@ std::vector<StepTime> Bound::time(std::vector<at::Tensor> inputs, int64_t repeat
     } else if (a.runs == Runs::kWinograd) {
       const WinogradJob& job = plan->winograds[a.index];
       time.flops = 2 * 9 * job.images * job.out_h * job.out_w * job.out_c * job.in_c;
-      const int64_t row = job.few ? 3 : kernels->winograd_outputs + 2;  // of a filter as it is read
+      const int64_t row = job.few ? 3 : job.side + 2;  // of a filter as it is read
       time.bytes += row * row * job.in_c * job.out_c * element;
     } else if (a.runs == Runs::kNarrow) {
       const NarrowJob& job = plan->narrows[a.index];

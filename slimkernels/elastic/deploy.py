@@ -41,8 +41,8 @@ def deploy(
         max_cache_bytes: bound of the packed weights; those that were used least recently make way.
         winograd: let 3x3 convolutions of stride 1 run by Winograd's algorithm where that is faster: F(4x4, 3x3) in
             float32, where errors stay within twice PyTorch's and 1e-6 but are some times those of the direct kernels,
-            F(2x2, 3x3) in bfloat16, within PyTorch's. Packed weights of these layers take five (bfloat16: 2.8) times the
-            bytes.
+            F(2x2, 3x3) in bfloat16, and F(3x3, 3x3) where a norm is folded, within twice PyTorch's in a layer and
+            about PyTorch's in a network. Packed weights of these layers take five times the bytes (bfloat16: 2.8, 3.8).
         method: what calling the result runs, another than ``forward`` (``stream`` of the audio models, say).
 
     Raises: ValueError when a width or depth is not legal, one width needs more than ``max_cache_bytes`` or there is no

@@ -142,6 +142,7 @@ def _packed(step: Step, root: nn.Module, dtype: torch.dtype, winograd: bool) -> 
         layer.transposed,
         dtype,
         winograd,
+        bool(step.norm),
     )
 
 

@@ -75,24 +75,82 @@ def test_as_good_as_pytorch(name):
     assert sum(t.flops for t in deployed.profile(x, repeats=1)) == sum(t.flops for t in direct.profile(x, repeats=1))
 
 
+# In bfloat16: odd sizes, parts of vectors of channels, several blocks of tiles, weights asked for ahead; the side of the tiles
+# with a norm and without one, where PyTorch rounds less often and the larger tile is no longer within the rule. 0: direct.
+PAIRS = {
+    "16-channels": (*CASES["16-channels"], 3, 0),
+    "no-padding-residual": (*CASES["no-padding-residual"], 3, 2),
+    "wide-padding": (*CASES["wide-padding"], 3, 2),
+    "padding-0": (*CASES["padding-0"], 3, 2),
+    "deep": (*CASES["deep"], 3, 2),
+    "one-tile-an-image": (Block(128, 144, act=nn.ReLU()), (32, 3, 3, 3), 3, 0),
+    "narrow-images": (Block(64, 64, residual=True), (3, 3, 31, 5), 3, 2),
+    "many-tiles": (Block(34, 23, residual=True, act=nn.SiLU()), (2, 3, 40, 37), 3, 2),
+    "few-tiles": (Block(320, 272, residual=True, act=nn.ReLU()), (1, 3, 7, 7), 2, 2),
+    "one-image-of-one-tile": (Block(64, 64), (1, 3, 3, 3), 0, 0),
+}
+
+
 @pytest.mark.skipif(_C is not None and not _C.deploy_has_bfloat16(), reason="needs bfloat16 products")
-@pytest.mark.parametrize("name", ["no-padding-residual", "wide-padding", "padding-0", "deep"])
+@pytest.mark.parametrize("normed", [True, False], ids=["norm", "no-norm"])
+@pytest.mark.parametrize("name", PAIRS)
 @torch.no_grad()
-def test_bfloat16_as_good_as_pytorch(name):
+def test_bfloat16_as_good_as_pytorch(name, normed):
     torch.manual_seed(0)
-    net, shape = CASES[name]
+    net, shape, *sides = PAIRS[name]
     net, x = copy.deepcopy(net).eval(), torch.randn(shape).bfloat16()
     for buffer in net.buffers():
         buffer.add_(torch.rand_like(buffer.float()).to(buffer.dtype))
+    if not normed:
+        net.norm = nn.Identity()
     model = elastic.convert(net, x.float(), divisor=1)
     exact = copy.deepcopy(net).double()(x.double())
     limit = 2 * error(copy.deepcopy(net).bfloat16()(x), exact)  # without the floor
     deployed, direct = (elastic.deploy(model, dtype=torch.bfloat16, winograd=w) for w in (True, False))
     assert error(deployed(x), exact) <= limit
     assert error(direct(x), exact) <= limit
-    assert "Winograd F(2x2, 3x3)" in runs_on(deployed, "conv")
+    side = sides[0 if normed else 1]
+    if side:
+        assert f"Winograd F({side}x{side}, 3x3)" in runs_on(deployed, "conv")
+    else:
+        assert "Winograd" not in runs_on(deployed, "conv")
     assert "Winograd" not in runs_on(direct, "conv")
     assert sum(t.flops for t in deployed.profile(x, repeats=1)) == sum(t.flops for t in direct.profile(x, repeats=1))
+
+
+@pytest.mark.skipif(_C is not None and not _C.deploy_has_bfloat16(), reason="needs bfloat16 products")
+@pytest.mark.parametrize("channels", [(32, 48), (50, 70)])
+@pytest.mark.parametrize("width", [15, 16, 17])
+@pytest.mark.parametrize("height", [12, 13, 14])
+@torch.no_grad()
+def test_one_layer_in_bfloat16(height, width, channels):
+    """Convolution, norm and activation alone (what follows copies them), whose input has no error yet; all ends of an image."""
+    torch.manual_seed(height * width)
+    inner, outer = channels
+    layer = nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU())
+    net = nn.Sequential(*layer, nn.Conv2d(outer, outer, 1, bias=False)).eval()
+    net[3].weight.copy_(torch.eye(outer)[:, :, None, None])
+    for tensor in (net[1].weight, net[1].bias, *net[1].buffers()):
+        tensor.add_(torch.rand_like(tensor.float()).to(tensor.dtype))
+    x = torch.randn(2, inner, height, width).relu().bfloat16()
+    exact = copy.deepcopy(net).double()(x.double())
+    deployed = elastic.deploy(elastic.convert(net, x.float(), divisor=1), dtype=torch.bfloat16)
+    y = deployed(x)
+    assert "Winograd F(3x3, 3x3)" in runs_on(deployed, "0")
+    assert error(y, exact) <= 2 * error(copy.deepcopy(net).bfloat16()(x), exact)
+
+
+@pytest.mark.skipif(_C is not None and not _C.deploy_has_bfloat16(), reason="needs bfloat16 products")
+@torch.no_grad()
+def test_an_infinite_input_reaches_its_tile_only_in_bfloat16():
+    x = torch.randn(1, 3, 24, 25)
+    deployed = elastic.deploy(elastic.convert(Block(16, 16).eval(), x, divisor=1), dtype=torch.bfloat16)
+    x[0, 0, 23, 4] = torch.inf
+    y = deployed(x.bfloat16())
+    assert "Winograd F(3x3, 3x3)" in runs_on(deployed, "conv")
+    assert not torch.isfinite(y[:, :, 22:, 3:6]).all()
+    assert torch.isfinite(y[:, :, :20]).all()
+    assert torch.isfinite(y[:, :, :, 9:]).all()
 
 
 @torch.no_grad()
