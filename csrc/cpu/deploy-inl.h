@@ -42,6 +42,26 @@ inline void put_some(T* p, vf v, int n) {
   n == kLanes ? put(p, v) : put_first(p, v, n);
 }
 
+// V vectors side by side, `tail` lanes of the last.
+template <typename T, int V>
+inline void put_vectors(T* y, const vf (&a)[V], int tail) {
+#if defined(SK_BF16)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < V; v += 2) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)a[v + 1], (__m512)a[v]);
+      if (v + 2 < V || tail == kLanes) _mm512_storeu_si512(y + v * kLanes, both);
+      else _mm512_mask_storeu_epi16(y + v * kLanes, (__mmask32(1) << (kLanes + tail)) - 1, both);
+    }
+    if (V % 2) put_some(y + (V - 1) * kLanes, a[V - 1], tail);
+    return;
+  }
+#endif
+#pragma GCC unroll 4
+  for (int v = 0; v < V - 1; ++v) put(y + v * kLanes, a[v]);
+  put_some(y + (V - 1) * kLanes, a[V - 1], tail);
+}
+
 template <Activation A>
 vf activate_vector(vf x) {
   return activate<A>(x);
@@ -161,11 +181,7 @@ void conv_tile(const float* x, int64_t step, const deploy::TapRun* runs, int64_t
     }
   }
 #pragma GCC unroll 16
-  for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V - 1; ++v) put(y + p * end.y_pixel + v * kLanes, acc[p][v]);
-    put_some(y + p * end.y_pixel + (V - 1) * kLanes, acc[p][V - 1], end.tail);
-  }
+  for (int p = 0; p < P; ++p) put_vectors(y + p * end.y_pixel, acc[p], end.tail);
 }
 
 template <typename T>

@@ -41,6 +41,11 @@ def stem(channels, kernel, stride, padding, image=3):
 NETS = {
     "depthwise-32": (Depthwise(32, kernel_size=3, padding=1), (2, 4, 9, 14)),
     "depthwise-70-stride": (Depthwise(70, kernel_size=3, padding=1, stride=2), (1, 4, 15, 19)),
+    "depthwise-16": (Depthwise(16, kernel_size=3, padding=1), (2, 4, 9, 22)),
+    "depthwise-16-odd": (Depthwise(16, kernel_size=3, padding=1), (1, 4, 8, 15)),
+    "depthwise-16-5x5": (Depthwise(16, act=nn.SiLU(), kernel_size=5, padding=2), (1, 4, 9, 16)),
+    "depthwise-16-stride": (Depthwise(16, kernel_size=3, padding=1, stride=2), (1, 4, 9, 16)),
+    "depthwise-16-residual": (Depthwise(16, residual=True, kernel_size=3, padding=1), (1, 4, 7, 8)),
     "depthwise-48-silu": (Depthwise(48, act=nn.SiLU(), kernel_size=3, padding=1), (1, 4, 8, 8)),
     "depthwise-20": (Depthwise(20, kernel_size=5, padding=2), (1, 4, 12, 10)),
     "depthwise-5x5-stride": (Depthwise(64, kernel_size=5, padding=2, stride=2), (1, 4, 13, 30)),
@@ -84,3 +89,61 @@ def test_memory_that_holds_no_number_is_not_read():
     deployed = elastic.deploy(elastic.convert(net, x.float(), divisor=1), dtype=torch.bfloat16)
     other(torch.full((2, 3, 40, 40), torch.nan, dtype=torch.bfloat16))
     assert torch.isfinite(deployed(x)).all()
+
+
+class Pool(nn.Module):
+    """Max pooling of what a convolution that copies its input gives."""
+
+    def __init__(self, channels, **options):
+        super().__init__()
+        self.enter = nn.Conv2d(channels, channels, 1, bias=False)
+        self.pool = nn.MaxPool2d(**options)
+        self.leave = nn.Conv2d(channels, channels, 1, bias=False)
+        for conv in (self.enter, self.leave):
+            conv.weight.data.copy_(torch.eye(channels)[:, :, None, None])
+
+    def forward(self, x):
+        return self.leave(self.pool(self.enter(x)))
+
+
+@pytest.mark.parametrize("channels", [2, 16, 38, 64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 2, "stride": 2, "ceil_mode": True},
+        {"kernel_size": (3, 5), "stride": (1, 3), "padding": (1, 2), "dilation": (2, 1)},
+    ],
+    ids=["3x3", "2x2", "dilated"],
+)
+@torch.no_grad()
+def test_max_pooling_is_exact(channels, options):
+    torch.manual_seed(0)
+    net = Pool(channels, **options).eval()
+    x = torch.randn(2, channels, 13, 11).bfloat16()
+    deployed = elastic.deploy(elastic.convert(net, x.float(), divisor=1), dtype=torch.bfloat16)
+    for values in (x, x.abs(), -x.abs(), torch.zeros_like(x), torch.full_like(x, -3e38)):
+        assert torch.equal(deployed(values), copy.deepcopy(net).bfloat16()(values))
+
+
+@pytest.mark.parametrize(
+    "nan", [0x7FC0, -0x0040, 0x7F81, -0x007F], ids=["plus", "minus", "signalling", "minus-signalling"]
+)
+@torch.no_grad()
+def test_max_pooling_keeps_nan_and_infinities(nan):
+    """The pooling comes first; what follows adds two halves of its first channel, the other one is 0."""
+    net = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False)).eval()
+    net[1].weight.fill_(1.0)
+    net[2].weight.fill_(0.5)
+    x = torch.randn(1, 2, 12, 40).bfloat16()
+    x[:, 1] = 0
+    deployed = elastic.deploy(elastic.convert(net, x.float(), divisor=1), dtype=torch.bfloat16)
+    x[0, 0, 4, 4] = torch.tensor(nan, dtype=torch.int16).view(torch.bfloat16)
+    x[0, 0, 8, 8] = torch.inf
+    x[0, 0, 7:, 20:] = -torch.inf
+    y, expected = deployed(x), copy.deepcopy(net).bfloat16()(x)
+    assert expected.isnan().any()
+    assert (expected == torch.inf).any()
+    assert (expected == -torch.inf).any()
+    assert torch.equal(y.nan_to_num(7.0, torch.inf, -torch.inf), expected.nan_to_num(7.0, torch.inf, -torch.inf))
+    assert any("pooling" in layer.runs_on for layer in deployed.report.layers)
