@@ -62,7 +62,9 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
   }
   at::Tensor dx, dw, db;
   const bool pointwise = runs_pointwise(x, weight, dy.size(1), geometry);
-  if (need_dx) dx = pointwise ? pointwise_input_gradient(dy, x, weight) : direct_conv_input_gradient(dy, x, weight, geometry);
+  if (need_dx && pointwise) dx = pointwise_input_gradient(dy, x, weight);
+  if (need_dx && !dx.defined()) dx = depthwise_conv_input_gradient(dy, x, weight, geometry);
+  if (need_dx && !dx.defined()) dx = direct_conv_input_gradient(dy, x, weight, geometry);
   if (pointwise) {
     if (need_dw) dw = pointwise_weight_gradient(dy, x, weight, size);
     if (need_db) {
