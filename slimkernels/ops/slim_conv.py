@@ -47,10 +47,11 @@ def slim_conv(
     Equivalent to ``act(F.conv(x, weight[:n, :c // groups], bias[:n], stride, padding, dilation, groups) + residual)``.
 
     On the CPU, 2d and channels-last, our own kernels read the weight in place and fuse bias, residual and activation:
-    1x1 with stride 1; at most 24 output channels; little work (small batches); float16 up to 64 Ki weights. The gradient
-    of ``x`` likewise and with a stride; that of the weight when 1x1, 3x3 with images that stay in cache, little work, or depthwise above 3x3 (any layout).
-    In bfloat16 only little work, and the gradient of ``x`` under a depthwise stride. All else (contiguous tensors, 1d, 3d, groups, wide layers) is oneDNN
-    through PyTorch on the strided slice, then residual and activation in one pass. float64 runs the reference.
+    1x1 with stride 1; at most 24 output channels; little work (small batches); float16 up to 64 Ki weights. The
+    gradient of ``x`` likewise and with a stride; that of the weight when 1x1, 3x3 with images that stay in cache,
+    little work, or depthwise above 3x3 (any layout). In bfloat16 only little work, and the gradient of ``x`` under a
+    depthwise stride. All else (contiguous tensors, 1d, 3d, groups, wide layers) is oneDNN through PyTorch on the
+    strided slice, then residual and activation in one pass. float64 runs the reference.
 
     On a GPU, 1d and 2d, dense and grouped: Triton kernels that read the weight in place and fuse bias, residual and
     activation. They work on channels-last tensors (others are copied into that order, and back), and load 16 bytes at once
