@@ -102,6 +102,8 @@ class Spots:
         parent = self.coupling.parent
         inactive = set()
         for key, dim in dims.items():
+            if key not in self.coupling.offsets:  # a number
+                continue
             start, size = self.coupling.offsets[key]
             inactive |= {self.coupling.find(start + i) for i in set(range(size)) - set(dim.positions(units))}
         kept = torch.tensor([True, *(self.coupling.find(node) not in inactive for node in range(len(parent)))])

@@ -15,7 +15,7 @@ from slimkernels.elastic.convert import attach
 from slimkernels.elastic.cost import layer_costs
 from slimkernels.elastic.layers import full_size, kind_of
 from slimkernels.elastic.plan import Dim, LayerCost, ParameterCost, Plan, Run, Stage, WidthGroup, plan, unwrap
-from slimkernels.elastic.slices import parameter_side
+from slimkernels.elastic.slices import number_side, parameter_side
 
 _FORMAT = "slimkernels.elastic/1"
 
@@ -106,6 +106,8 @@ def _check_fits(model: nn.Module, known: Plan, path: str | os.PathLike) -> None:
         size = None
         if module is not None and plain is not None and module._parameters.get(plain[1]) is not None:
             size = module._parameters[plain[1]].shape[plain[0]]
+        elif module is not None and number_side(side) is not None:
+            size = module.__dict__.get(number_side(side))
         elif module is not None and kind is not None and side in kind.sides:
             size = full_size(module, kind, side)
         if size != dim.size:

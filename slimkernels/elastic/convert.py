@@ -18,7 +18,7 @@ from slimkernels.elastic.layers import CONVS, RECURRENT, kind_of, reason_not_sli
 from slimkernels.elastic.plan import Plan, Stage, matches
 from slimkernels.elastic.probe import Prober
 from slimkernels.elastic.recurrent import HIDDEN
-from slimkernels.elastic.slices import permute
+from slimkernels.elastic.slices import number_side, permute
 from slimkernels.elastic.stages import find_stages, usable_stages
 from slimkernels.elastic.trace import analysis_copy, check_example, float_inputs, run, trace
 from slimkernels.elastic.transform import set_norm_mode, transform
@@ -114,6 +114,9 @@ def convert(
     states = [name for name in analysis.states if name not in masked]
     if states:
         notes.append(f"initial states written at the full size are cut to their first units: {', '.join(states)}")
+    numbers = [f"{key[0]}.{number}".strip(".") for key in analysis.dims if (number := number_side(key[1])) is not None]
+    if numbers:
+        notes.append(f"numbers that the network keeps of its sizes follow the width: {', '.join(numbers)}")
     if masked:
         notes.append(f"masks written for all heads are cut to those of the first heads: {', '.join(masked)}")
     plan = Plan(
@@ -220,6 +223,7 @@ def _analyse(model: nn.Module, example: Any, ignored: set[str], permutes: bool) 
         analysis.reached = {name for name, _ in coupling.known}
         if analysis.groups:
             prober = Prober(model, example, analysis, permutes)
+            prober.find_numbers()
             prober.reject_wrong()
             analysis.states = prober.states_of_full_size()
         return coupling.heads, _smallest(model, analysis), analysis
@@ -241,7 +245,7 @@ def _smallest(model: nn.Module, analysis: Analysis) -> float:
 
 def _left_alone(model: nn.Module, analysis: Analysis, ignored: set[str]) -> dict[str, str]:
     """Every layer with parameters of its own that no width changes, and those whose outputs could not be slimmed; and why."""
-    live = {name for name, _ in analysis.dims}
+    live = {name for name, side in analysis.dims if number_side(side) is None}
     found = {}
     for name, module in model.named_modules():
         if name in live or not any(p is not None for p in module._parameters.values()):

@@ -19,6 +19,7 @@ from slimkernels.elastic.deploy_segment import Misfit, make_segment
 from slimkernels.elastic.deploy_trace import Traced, is_torch_layer, optional_arguments, trace
 from slimkernels.elastic.extract import subnetwork
 from slimkernels.elastic.plan import Depth, Width
+from slimkernels.elastic.slices import number_side
 from slimkernels.elastic.transform import batch_norms
 
 
@@ -29,11 +30,11 @@ class _Entry:
         self,
         root: nn.Module,
         form: Form | None,
-        skipped: frozenset[str],
+        traced_as: Any,  # the blocks that are not there, and numbers in the graph that follow the width
         inner: "dict[str, _Inner]",  # what modules that cannot be traced call
         own_bytes: int,
     ) -> None:
-        self.root, self.form, self.skipped, self.inner, self.own_bytes = root, form, skipped, inner, own_bytes
+        self.root, self.form, self.traced_as, self.inner, self.own_bytes = root, form, traced_as, inner, own_bytes
 
     @property
     def bytes(self) -> int:
@@ -61,13 +62,15 @@ class Deployed(nn.Module):
         self.dtype, self.device, self.max_cache_bytes, self.method = dtype, device, max_cache_bytes, method
         self.winograd = winograd
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
-        self._forms: dict[frozenset[str], tuple[Traced, Form | None]] = {}
+        self._forms: dict[Any, tuple[Traced, Form | None]] = {}
         self._apart: set[str] = set()  # nodes that PyTorch has to run
         self._optional = optional_arguments(model, method)
         self._positions = list(inspect.signature(getattr(model, method)).parameters)
         self._left_out = dict(self._optional)  # what the network was traced with
         self._active: tuple[Width, Depth, _Entry] | None = None
         self._norm = next(iter(batch_norms(model).values()), None)
+        known = model.__dict__.get("_elastic")
+        self._numbers = [(m, n) for m, side in (known.dims if known else ()) if (n := number_side(side)) is not None]
         self._watch()
         self.eval()
 
@@ -171,7 +174,7 @@ class Deployed(nn.Module):
     def report(self) -> DeployReport:
         """What each layer of the current width runs on; tiles are those for the shapes of the last call."""
         entry = self._current()
-        traced, form = self._forms[entry.skipped]
+        traced, form = self._forms[entry.traced_as]
         layers = []
         for i, segment in enumerate(() if form is None else form.segments):
             says = getattr(entry.root, f"_segment{i}").describe()
@@ -277,12 +280,12 @@ class Deployed(nn.Module):
     def _pack(self, width: Width, depth: Depth) -> _Entry:
         root, skipped_blocks = self._subnetwork(width, depth)
         root.eval()
-        skipped = frozenset(skipped_blocks)
-        if skipped not in self._forms:
+        traced_as = frozenset(skipped_blocks), tuple(getattr(root.get_submodule(m), n) for m, n in self._numbers)
+        if traced_as not in self._forms:
             traced = trace(root, self.method, self._left_out)
             form = None if traced.graph is None else make_form(traced.graph, root, self._apart)
-            self._forms[skipped] = traced, form
-        form = self._forms[skipped][1]
+            self._forms[traced_as] = traced, form
+        form = self._forms[traced_as][1]
         held: nn.Module = root
         if form is not None:
             held = only_used(root, form)
@@ -290,14 +293,14 @@ class Deployed(nn.Module):
                 setattr(held, f"_segment{i}", make_segment(segment, root, self.dtype, self.device, self.winograd))
         inner: dict[str, _Inner] = {}
         for name in (
-            [""] if form is None else [name for name in self._forms[skipped][0].stopped if name in form.modules]
+            [""] if form is None else [name for name in self._forms[traced_as][0].stopped if name in form.modules]
         ):
             inner |= deploy_inside(held.get_submodule(name), name, lambda part: _Inner(part, self))
         held.to(self.dtype)
         size = self._bytes_of(held)
         size += sum(getattr(held, f"_segment{i}").bytes for i in range(len(form.segments))) if form is not None else 0
         self._check_size(size, width)
-        return _Entry(held, form, skipped, inner, size)
+        return _Entry(held, form, traced_as, inner, size)
 
     def _bytes_of(self, held: nn.Module) -> int:
         tensors = {t.data_ptr(): t.nbytes for t in [*held.parameters(), *held.buffers()]}

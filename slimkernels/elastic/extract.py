@@ -11,7 +11,7 @@ from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, slim_class
 from slimkernels.elastic.parameters import SlicedParameters, plain_parameters_again
 from slimkernels.elastic.plan import Depth, Width, is_inside, plan
 from slimkernels.elastic.recurrent import CutStates, refresh, state_sizes
-from slimkernels.elastic.slices import Dims, Sliced, sliced_tensors, take
+from slimkernels.elastic.slices import Dims, Sliced, number_side, sliced_tensors, take
 from slimkernels.elastic.transform import batch_norms, combined, fast_path_again
 from slimkernels.elastic.width import view
 from slimkernels.nn._base import SlimModule
@@ -94,6 +94,9 @@ def subnetwork(model: nn.Module, width: Width, depth: Depth) -> tuple[nn.Module,
             module.register_forward_pre_hook(cut, with_kwargs=True)
         if isinstance(module, RECURRENT):
             refresh(module)
+    for (name, side), dim in dims.items():
+        if (number := number_side(side)) is not None:
+            setattr(made.get_submodule(name), number, dim.active(units))
     for module in made.modules():
         fast_path_again(module)
     return made, skipped

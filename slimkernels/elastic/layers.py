@@ -1,8 +1,8 @@
 """What the converter knows of each torch layer: which of its dimensions can be sliced, and which tensors have them.
 
 A *side* names a sliced dimension of a module: ``in`` and ``out`` of the layers that mix channels, ``ch`` of those that
-keep them (norms, PReLU), ``param:<name>`` of a plain parameter; those of recurrent layers are in ``recurrent.py``, those
-of attention layers in ``attention.py``.
+keep them (norms, PReLU), ``param:<axis>:<name>`` of a plain parameter, ``number:<name>`` of a size that a module keeps;
+those of recurrent layers are in ``recurrent.py``, those of attention layers in ``attention.py``.
 """
 
 from dataclasses import dataclass

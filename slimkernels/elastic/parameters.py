@@ -1,8 +1,9 @@
 """Plain parameters (layer scale, positional embeddings, PReLU slopes) that follow the width of the channels they belong
-to.
+to, and whole numbers that a module keeps of its size.
 
 The module that owns them becomes an instance of a subclass of its own class, in which the parameter's name is a
-property that gives the active slice. The parameter, its state_dict key and ``isinstance`` stay as they were.
+property that gives the active slice. The parameter, its state_dict key and ``isinstance`` stay as they were. A number is a
+property likewise.
 """
 
 from functools import cache
@@ -11,8 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+NUMBER = -1  # in place of an axis
+
+
+def _active_number(name: str) -> property:
+    def get(self: Any) -> int:
+        return self.__dict__[f"_width_of_{name}"].shape[0]
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
 
 def _active(name: str, axis: int) -> property:
+    if axis == NUMBER:
+        return _active_number(name)
+
     def get(self: Any) -> Tensor:
         parameter = self._parameters[name]
         state = self.__dict__
@@ -32,7 +48,7 @@ class SlicedParameters:
     """Mixin of the generated subclasses."""
 
     _base_class: type[nn.Module]
-    _sliced: tuple[tuple[str, int], ...]  # (parameter, axis)
+    _sliced: tuple[tuple[str, int], ...]  # (parameter, axis) or (number, NUMBER)
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self._base_class, self._sliced), self.__dict__
@@ -52,17 +68,27 @@ def _rebuild(base: Any, sliced: tuple[tuple[str, int], ...]) -> nn.Module:
 
 
 def slice_parameters(module: Any, sliced: dict[str, int]) -> None:
-    """Turn ``module`` into an instance of its sliced class, at full width."""
-    base: Any = type(module)
-    module.__class__ = sliced_class(base, tuple(sorted(sliced.items())))
+    """Turn ``module`` into an instance of its sliced class, at full width; more can be sliced later."""
+    before = dict(module._sliced) if isinstance(module, SlicedParameters) else {}
+    base: Any = module._base_class if before else type(module)
+    module.__class__ = sliced_class(base, tuple(sorted((before | sliced).items())))
     for name, axis in sliced.items():
-        set_parameter_width(module, name, module._parameters[name].shape[axis], None)
+        full = module.__dict__[name] if axis == NUMBER else module._parameters[name].shape[axis]
+        set_parameter_width(module, name, full, None)
 
 
 def set_parameter_width(module: nn.Module, name: str, n: int, index: Tensor | None) -> None:
     # The shape of an empty tensor is a dynamic integer for torch.compile (see slimkernels.nn).
     module.__dict__[f"_width_of_{name}"] = torch.empty((n, 0))
     module.__dict__[f"_index_of_{name}"] = index
+
+
+def unslice(module: Any, name: str) -> None:
+    """Undo ``slice_parameters`` for one of several."""
+    left = {other: axis for other, axis in module._sliced if other != name}
+    plain_parameters_again(module)
+    if left:
+        slice_parameters(module, left)
 
 
 def plain_parameters_again(module: Any) -> None:

@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_map
 from slimkernels._copy import deep_copy
 from slimkernels.elastic.attention import ATTENTION, has_all_masks
 from slimkernels.elastic.graph import Analysis
-from slimkernels.elastic.layers import RECURRENT
+from slimkernels.elastic.layers import RECURRENT, kind_of
+from slimkernels.elastic.parameters import unslice
+from slimkernels.elastic.plan import Dim, Run
 from slimkernels.elastic.recurrent import as_states, given_states, state_sizes
-from slimkernels.elastic.slices import inverse, masked, permute
+from slimkernels.elastic.slices import inverse, masked, number_side, permute
 from slimkernels.elastic.trace import one_line, run
 from slimkernels.elastic.transform import transform
 from slimkernels.elastic.width import apply, assignments
@@ -31,6 +33,8 @@ from slimkernels.nn.attention import SlimMultiheadAttention
 # Relative to the norm of the output. Beyond the first, which rounding seldom is, the same is done in float64.
 _TOLERANCE = 1e-5
 _DOUBLE_TOLERANCE = 1e-9
+_STOPS = "the network does not run when it is narrower"
+_SHAPE = "output of shape"
 
 
 @dataclass
@@ -68,6 +72,46 @@ class Prober:
             # Groups that are right one by one may be wrong together: the accepted ones once more, as a whole.
             while (names := list(self.analysis.groups)) and (reason := self._wrong(names, fractions)):
                 self.analysis.reject({names[-1]}, reason)
+
+    def find_numbers(self) -> None:
+        """Whole numbers that modules keep of their size and use in a forward (``x.reshape(n, self.hidden_dim, -1)``): where
+        the network does not run narrower without (or gives other shapes), and is right with one or all of that size, they
+        follow the width."""
+        names = list(self.analysis.groups)
+        if not names or not self._stops(names):
+            return
+        for name in names:
+            group = self.analysis.groups[name]
+            found = self._kept(group.size)
+            if not found or not self._stops([name]):
+                continue
+            runs = (Run(name, group.size, group.unit),)
+            for some in [*([one] for one in found), *([found] if len(found) > 1 else [])]:
+                tried = {key: Dim(*key, runs) for key in some}
+                transform(self.single.elastic, tried)
+                self.dims |= tried
+                if not any(self._wrong([name], (fraction,)) for fraction in (0.5, 0.25, 0.75)):
+                    self.analysis.dims |= tried
+                    break
+                for owner, side in tried:
+                    del self.dims[owner, side]
+                    unslice(self.single.elastic.get_submodule(owner), str(number_side(side)))
+        self.__dict__.pop("double", None)
+
+    def _stops(self, names: list[str]) -> bool:
+        """Whether the network raises an exception when the groups are narrower, or gives outputs of other shapes."""
+        reason = self._wrong(names, (0.5,)) or ""
+        return reason.startswith(_STOPS) or _SHAPE in reason
+
+    def _kept(self, size: int) -> list[tuple[str, str]]:
+        """Numbers of that size in modules of the network's own."""
+        return [
+            (name, f"number:{key}")
+            for name, module in self.single.plain.named_modules()
+            if kind_of(module) is None and not type(module).__module__.startswith("torch.nn.")
+            for key, value in module.__dict__.items()
+            if type(value) is int and value == size and (name, f"number:{key}") not in self.dims
+        ]
 
     def _fails(self, names: list[str], fractions: Sequence[float]) -> str | None:
         reason = self._wrong(names, fractions) if names else None
@@ -109,7 +153,7 @@ class Prober:
         try:
             reason = self._compare(self.single, names, units)
         except Exception as error:
-            return f"the network does not run when it is narrower ({one_line(error)})"
+            return f"{_STOPS} ({one_line(error)})"
         if reason is None or self.double is None:
             return reason
         # An ill-conditioned network can be that far off by rounding alone.
@@ -203,7 +247,7 @@ def _difference(actual: list[Tensor], expected: list[Tensor], tolerance: float) 
         return f"{len(actual)} outputs instead of {len(expected)}"
     for a, e in zip(actual, expected, strict=True):
         if a.shape != e.shape:
-            return f"output of shape {tuple(a.shape)} instead of {tuple(e.shape)}"
+            return f"{_SHAPE} {tuple(a.shape)} instead of {tuple(e.shape)}"
         if e.numel() == 0:
             continue
         error = (a.double() - e.double()).norm().item()

@@ -40,6 +40,11 @@ def parameter_side(side: str) -> tuple[int, str] | None:
     return int(axis), name
 
 
+def number_side(side: str) -> str | None:
+    """Name of a whole number that a module keeps of its size, None for any other side."""
+    return side.removeprefix("number:") if side.startswith("number:") else None
+
+
 def sliced_tensors(model: nn.Module, dims: Dims) -> list[Sliced]:
     """Every tensor that the dimensions cut, once for each layer that has it (tied tensors come more than once)."""
     modules = dict(model.named_modules())

@@ -8,9 +8,9 @@ from torch import nn
 
 from slimkernels.elastic.attention import ATTENTION, out_proj_of
 from slimkernels.elastic.layers import RECURRENT, full_size, kind_of, reason_not_slimmable, slim_class
-from slimkernels.elastic.parameters import slice_parameters
+from slimkernels.elastic.parameters import NUMBER, slice_parameters
 from slimkernels.elastic.plan import Dim
-from slimkernels.elastic.slices import parameter_side
+from slimkernels.elastic.slices import number_side, parameter_side
 from slimkernels.nn.attention import AnySizeMultiheadAttention
 from slimkernels.nn.batch_norm import SlimBatchNorm
 
@@ -26,6 +26,7 @@ def transform(model: nn.Module, dims: Mapping[tuple[str, str], Dim], ignored: Co
         kind = kind_of(module)
         by_side = sides.get(name, {})
         plain = {found[1]: found[0] for side in by_side if (found := parameter_side(side)) is not None}
+        plain |= {number: NUMBER for side in by_side if (number := number_side(side)) is not None}
         if plain:
             slice_parameters(module, plain)
         elif isinstance(module, ATTENTION) and kind is not None and out_proj_of(name) in sides:

@@ -14,7 +14,7 @@ from slimkernels.elastic.layers import CONVS, RECURRENT
 from slimkernels.elastic.parameters import set_parameter_width
 from slimkernels.elastic.plan import Depth, Dim, Plan, Width, plan, unwrap
 from slimkernels.elastic.recurrent import projection
-from slimkernels.elastic.slices import parameter_side
+from slimkernels.elastic.slices import number_side, parameter_side
 from slimkernels.nn._base import SlimModule
 
 _CACHED_WIDTHS = 256  # widths of which the assignments are kept; a sampler draws new ones for ever
@@ -131,7 +131,9 @@ def assignments(
                 projected = sides["state"].active(units) if "state" in sides else projection(module)
             found.append(Assignment(module, n, _gather(module, taken, units), "", None, out, projected))
         for side, dim in sides.items():
-            plain = parameter_side(side)
+            plain, number = parameter_side(side), number_side(side)
+            if number is not None:
+                found.append(Assignment(module, dim.active(units), None, number, None))
             if plain is None and side == "ch" and not isinstance(module, SlimModule):
                 plain = (0, "weight")
             if plain is not None:

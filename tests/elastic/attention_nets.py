@@ -27,17 +27,18 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches, class token, positions and blocks, as image classifiers have them."""
+    """Patches, class token, positions and blocks, as image classifiers have them; the size is written into the forward."""
 
     def __init__(self, d: int = D, h: int = H, m: int = M, blocks: int = 2) -> None:
         super().__init__()
+        self.hidden_dim = d
         self.patches = nn.Conv2d(3, d, 4, 4)
         self.token, self.positions = nn.Parameter(torch.randn(1, 1, d)), nn.Parameter(torch.randn(1, 17, d))
         self.blocks = nn.Sequential(*(ViTBlock(d, h, m) for _ in range(blocks)))
         self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = self.patches(x).reshape(x.shape[0], self.hidden_dim, -1).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
         return self.head(self.norm(self.blocks(x))[:, 0])
 

@@ -133,6 +133,7 @@ def test_a_width_is_the_network_of_that_size_with_the_first_weights(name, width,
         y = model(x)
     assert error(y, small(x)) < 2e-6
     extracted = elastic.extract(model, width)
+    assert getattr(extracted, "hidden_dim", 8 * heads) == 8 * heads
     type(net)(**size, **options).load_state_dict(extracted.state_dict(), strict=True)
     assert error(extracted(x), small(x)) < 1e-6
     y.square().sum().backward()
