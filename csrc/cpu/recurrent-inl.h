@@ -20,6 +20,18 @@ inline __attribute__((always_inline)) void store_some(T* p, vf v, int64_t n) {
   }
 }
 
+#if defined(SK_BF16)
+// Rounded as store() does, but for numbers below the normal ones, which become 0.
+inline __attribute__((always_inline)) void store_some(c10::BFloat16* p, vf v, int64_t n) {
+  if (n >= kLanes) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy((void*)p, &rounded, sizeof(rounded));
+  } else {
+    store_rest(p, v, n);
+  }
+}
+#endif
+
 template <typename T>
 inline vf load_upto(const T* p, int64_t n) {
   return n >= kLanes ? load(p) : load_first(p, n);

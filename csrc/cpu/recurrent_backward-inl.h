@@ -6,6 +6,7 @@
 // the gradient at y goes through w_hr first.
 
 constexpr int64_t kBackwardRows = 256;
+constexpr int64_t kFetchedUnits = 256;  // of the rows that are fetched before they are needed
 
 template <typename T, typename C>
 struct StepGradients {
@@ -13,29 +14,47 @@ struct StepGradients {
   int64_t ldy;
   const T *gates, *cells;
   float *dh, *dc;
-  int64_t ldh, ldc;  // of dh; of dc and c_previous
+  int64_t ldh, ldc;
   const C* h_previous;
   int64_t ld_previous;
-  const float* c_previous;
+  const T* c_previous;  // null for zeros
   C* dz;
   int64_t ldz, block;  // block: from one gate to the next
   C* h;                // where a projection needs the state before it
   int64_t ld, hidden;  // ld: of h
+
+  StepGradients from(int64_t m) const {
+    StepGradients s = *this;
+    if (dy) s.dy += m * ldy;
+    s.gates += m * 4 * hidden, s.dh += m * ldh, s.dc += m * ldc, s.h_previous += m * ld_previous, s.dz += m * ldz;
+    if (cells) s.cells += m * hidden;
+    if (c_previous) s.c_previous += m * hidden;
+    if (h) s.h += m * ld;
+    return s;
+  }
+
+  // What row m needs at unit j, some rows on: it is in no cache near, and its streams are too many and too short for the CPU
+  // to see them.
+  inline __attribute__((always_inline)) void fetch(int64_t m, int64_t j) const {
+    if (j % (64 / sizeof(T))) return;
+    m += (kFetchedUnits + hidden - 1) / hidden;
+    for (int64_t g = 0; g < 4; ++g) __builtin_prefetch(gates + (4 * m + g) * hidden + j);
+    if (dy) __builtin_prefetch(dy + m * ldy + j);
+    if (cells) __builtin_prefetch(cells + m * hidden + j);
+    if (c_previous) __builtin_prefetch(c_previous + m * hidden + j);
+  }
 };
 
-// The state before visit k of direction d: rows of the visit before, and of `initial` for sequences that begin here.
-template <typename C, typename T>
-void copy_previous(const RecurrentLayer& layer, int64_t d, int64_t k, const T* kept, int64_t ld, const T* initial,
-                   C* dst, int64_t ldd, int64_t cols) {
-  const int64_t n = layer.size[layer.visit(d, k)];
-  int64_t before = 0;
-  if (k > 0) {
+// The state before a visit is in the rows of the visit before, but for sequences that begin here: theirs is the initial one.
+struct Previous {
+  int64_t row, count;
+
+  Previous(const RecurrentLayer& layer, int64_t d, int64_t k) : row(0), count(0) {
+    if (k == 0) return;
     const int64_t t = layer.visit(d, k - 1);
-    before = std::min(n, layer.size[t]);
-    copy_rows(kept + layer.start[t] * ld, ld, dst, ldd, before, cols);
+    row = layer.start[t], count = std::min(layer.size[layer.visit(d, k)], layer.size[t]);
   }
-  copy_rows(initial ? initial + before * cols : nullptr, cols, dst + before * ldd, ldd, n - before, cols);
-}
+};
 
 // c (m, n) (+)= a (m, k) @ b (k, n) in panels of columns that stay in cache.
 template <typename C>
@@ -82,7 +101,7 @@ void recurrent_backward_kernel(const RecurrentLayer& layer, const RecurrentGradi
 
   Arena arena;
   C *w_hh, *w_ih, *w_hr, *dz, *dz_pairs, *h_previous, *operand, *dy_rows, *h_rows, *h_pairs;
-  float *c_previous, *dh, *dh_units, *dc, *dw, *dw_hr, *db;
+  float *dh, *dh_units, *dc, *dw, *dw_hr, *db;
   int64_t in_padded = 0;
   for (const Panel& p : in_panels) in_padded += p.padded;
   arena.ask(w_hh, width * sp);
@@ -95,7 +114,6 @@ void recurrent_backward_kernel(const RecurrentLayer& layer, const RecurrentGradi
   arena.ask(h_rows, projects ? chunk_rows * hp : 0);
   arena.ask(h_pairs, projects && pairs ? pair_rows * hp : 0);
   arena.ask(operand, need_dw ? (in + (projects ? 2 : 1) * state) * ldr : 0);
-  arena.ask(c_previous, batch * hp);
   arena.ask(dh, batch * sp);
   arena.ask(dh_units, projects ? batch * hp : 0);
   arena.ask(dc, batch * hp);
@@ -135,11 +153,15 @@ void recurrent_backward_kernel(const RecurrentLayer& layer, const RecurrentGradi
     for (int64_t k = chunk->last; k >= chunk->first; --k) {
       const int64_t t = layer.visit(d, k), n = layer.size[t], row = layer.start[t], at = row - chunk->row;
       if (n == 0) continue;
-      copy_previous(layer, d, k, y, ldy, h0, h_previous + at * sp, sp, state);
-      if (kept_cells) copy_previous(layer, d, k, kept_cells, hidden, c0, c_previous, hp, hidden);
+      const Previous previous(layer, d, k);
+      C* h_before = h_previous + at * sp;
+      copy_rows(y + previous.row * ldy, ldy, h_before, sp, previous.count, state);
+      copy_rows(h0 ? h0 + previous.count * state : nullptr, state, h_before + previous.count * sp, sp, n - previous.count,
+                state);
       StepGradients<T, C> step{dy ? dy + row * ldy : nullptr, ldy, kept_gates + row * 4 * hidden,
-                               kept_cells ? kept_cells + row * hidden : nullptr, dh, dc, sp, hp, h_previous + at * sp, sp,
-                               c_previous, dz + at * ldz, ldz, block, nullptr, hp, hidden};
+                               kept_cells ? kept_cells + row * hidden : nullptr, dh, dc, sp, hp, h_before, sp,
+                               kept_cells ? kept_cells + previous.row * hidden : nullptr, dz + at * ldz, ldz, block,
+                               nullptr, hp, hidden};
       if (projects) {
         C* at_y = dy_rows + at * sp;
         for (int64_t m = 0; m < n; ++m) {
@@ -154,7 +176,12 @@ void recurrent_backward_kernel(const RecurrentLayer& layer, const RecurrentGradi
           tile_gemm(n, p.padded, depth, at_y, sp, w_hr + depth * p.begin, p.padded, dh_units + p.begin, hp, false);
         step.dy = nullptr, step.dh = dh_units, step.ldh = hp, step.h = h_rows + at * hp;
       }
-      Cell::backward(n, step);
+      Cell::backward(previous.count, step);
+      if (previous.count < n) {
+        StepGradients<T, C> begins = step.from(previous.count);
+        begins.c_previous = c0 ? c0 + previous.count * hidden : nullptr;
+        Cell::backward(n - previous.count, begins);
+      }
       for (const Panel& p : panels) {
         const C* panel = w_hh + width * p.begin;
         tile_gemm(n, p.padded, split * block, step.dz, ldz, panel, p.padded, dh + p.begin, sp, !Cell::kAdds);

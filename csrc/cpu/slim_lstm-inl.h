@@ -50,7 +50,7 @@ struct LstmCell {
     if constexpr (Part == 5) {
       const vf c_above = exp2_minus_one(load(c) * kTanhScale), c_below = c_above + 2.0f;
       const vf oc = reciprocal(load(z + 3 * step) * c_below), h_new = c_above * oc;
-      store(h_next, rounded<T, C>(h_new));
+      store_some(h_next, rounded<T, C>(h_new), kLanes);
       if (out.y) store_some(out.y, h_new, left);
       if (out.gates) store_some(out.gates + 3 * out.hidden, c_below * oc, left);
     }
@@ -79,6 +79,7 @@ struct LstmCell {
     for (int64_t m = 0; m < n; ++m) {
       for (int64_t j = 0; j < s.hidden; j += kLanes) {
         const int64_t left = s.hidden - j;
+        s.fetch(m, j);
         const T* gates = s.gates + m * 4 * s.hidden + j;
         const vf i = load_upto(gates, left), f = load_upto(gates + s.hidden, left);
         const vf g = load_upto(gates + 2 * s.hidden, left), o = load_upto(gates + 3 * s.hidden, left);
@@ -88,7 +89,8 @@ struct LstmCell {
         const vf dc = load(s.dc + m * s.ldc + j) + dh * o * (1.0f - tanh_c * tanh_c);
         C* dz = s.dz + m * s.ldz + j;
         store_some(dz, dc * g * i * (1.0f - i), left);
-        store_some(dz + s.block, dc * load(s.c_previous + m * s.ldc + j) * f * (1.0f - f), left);
+        const vf c_previous = s.c_previous ? load_upto(s.c_previous + m * s.hidden + j, left) : vf{};
+        store_some(dz + s.block, dc * c_previous * f * (1.0f - f), left);
         store_some(dz + 2 * s.block, dc * i * (1.0f - g * g), left);
         store_some(dz + 3 * s.block, dh * tanh_c * o * (1.0f - o), left);
         store(s.dc + m * s.ldc + j, dc * f);
