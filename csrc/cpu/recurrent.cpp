@@ -1,12 +1,9 @@
 #include "recurrent.h"
 
 #include "recurrent_cache.h"
+#include "recurrent_memory.h"
 
 #include <ATen/Functions.h>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace slimkernels {
 
@@ -185,20 +182,6 @@ std::vector<int64_t> recurrent_shape(const at::Tensor& x, std::initializer_list<
   return shape;
 }
 
-at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> lead,
-                           std::initializer_list<int64_t> tail) {
-  const at::Tensor fresh = at::empty(recurrent_shape(x, lead, tail), x.options());
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  // What is kept for backward is tens of megabytes that come from the system anew at each call: with pages of 4 KiB the
-  // faults take a third of the time of the kernels. A hint only; failing changes nothing.
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(fresh.data_ptr()), page);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(fresh.data_ptr()) + fresh.nbytes()) / page * page;
-  if (end >= begin + 2 * page) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return fresh;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> recurrent_inference(
     const char* op, int64_t gates, const at::Tensor& x, const std::optional<at::Tensor>& h0,
     const std::optional<at::Tensor>& c0, at::TensorList weights, const std::optional<at::Tensor>& batch_sizes,
@@ -265,7 +248,8 @@ RecurrentBackward::RecurrentBackward(RecurrentTensors& tensors, const char* op, 
   grads.dx.assign(d, nullptr);
   if (need_dx) {
     for (int64_t i = 0; i < d; ++i) {
-      dx_.push_back(at::empty(x.sizes(), x.options().dtype(at::kFloat)));
+      const bool given = i == 0 && x.scalar_type() == at::kFloat;
+      dx_.push_back(given ? recurrent_empty(x, {}, {layer.in}) : recurrent_kept(x, at::kFloat, {}, {layer.in}));
       grads.dx[i] = dx_.back().data_ptr<float>();
     }
   }

@@ -139,11 +139,9 @@ bool recurrent_multiplies_bf16(const RecurrentLayer& layer, at::ScalarType dtype
 const void* recurrent_dense(RecurrentTensors& tensors, const char* op, const char* name,
                             const std::optional<at::Tensor>& t, at::IntArrayRef shape, const at::Tensor& x);
 
-// (lead..., the dimensions of x but the last, tail...), and a fresh tensor of that shape.
+// (lead..., the dimensions of x but the last, tail...).
 std::vector<int64_t> recurrent_shape(const at::Tensor& x, std::initializer_list<int64_t> lead,
                                      std::initializer_list<int64_t> tail);
-at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> lead,
-                           std::initializer_list<int64_t> tail);
 
 // All layers of a network one after the other, nothing kept for backward: y, h_n and, with `cells`, c_n. `run` is the forward
 // pass of one layer. h0 and c0 hold the states of all layers.

@@ -33,11 +33,11 @@ struct StepGradients {
     return s;
   }
 
-  // What row m needs at unit j, some rows on: it is in no cache near, and its streams are too many and too short for the CPU
-  // to see them.
+  // What is read of row m at unit j is in no cache near, and its streams are too many and too short for the CPU to see them:
+  // row after row fetches what is `ahead` rows on.
+  int64_t ahead() const { return (kFetchedUnits + hidden - 1) / hidden; }
   inline __attribute__((always_inline)) void fetch(int64_t m, int64_t j) const {
     if (j % (64 / sizeof(T))) return;
-    m += (kFetchedUnits + hidden - 1) / hidden;
     for (int64_t g = 0; g < 4; ++g) __builtin_prefetch(gates + (4 * m + g) * hidden + j);
     if (dy) __builtin_prefetch(dy + m * ldy + j);
     if (cells) __builtin_prefetch(cells + m * hidden + j);
@@ -181,6 +181,16 @@ void recurrent_backward_kernel(const RecurrentLayer& layer, const RecurrentGradi
         StepGradients<T, C> begins = step.from(previous.count);
         begins.c_previous = c0 ? c0 + previous.count * hidden : nullptr;
         Cell::backward(n - previous.count, begins);
+      }
+      if (k > 0) {  // what the next visit reads before it can fetch
+        const Previous next(layer, d, k - 1);
+        const int64_t to = layer.start[layer.visit(d, k - 1)] - row;  // rows from here
+        for (int64_t m = 0; m < std::min(step.ahead(), n); ++m) {
+          for (int64_t j = 0; j < hidden; j += kLanes) step.fetch(to + m, j);
+        }
+        for (int64_t m = 0; m < next.count; ++m) {
+          for (int64_t j = 0; j < state; j += 64 / sizeof(T)) __builtin_prefetch(y + (next.row + m) * ldy + j, 0, 2);
+        }
       }
       for (const Panel& p : panels) {
         const C* panel = w_hh + width * p.begin;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "recurrent_cache.h"
+#include "recurrent_memory.h"
 
 #define SK_INL "recurrent_stream-inl.h"
 #include "foreach_isa.h"

@@ -51,10 +51,11 @@ struct GruCell {
   // previous h.
   template <typename T, typename C>
   static void backward(int64_t n, const StepGradients<T, C>& s) {
+    const int64_t ahead = s.ahead();
     for (int64_t m = 0; m < n; ++m) {
       for (int64_t j = 0; j < s.hidden; j += kLanes) {
         const int64_t left = s.hidden - j;
-        s.fetch(m, j);
+        s.fetch(m + ahead, j);
         const T* gates = s.gates + m * 4 * s.hidden + j;
         const vf r = load_upto(gates, left), z = load_upto(gates + s.hidden, left);
         const vf candidate = load_upto(gates + 2 * s.hidden, left), hn = load_upto(gates + 3 * s.hidden, left);

@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "recurrent.h"
+#include "recurrent_memory.h"
 #include "recurrent_stream.h"
 #include "reference_call.h"
 
@@ -80,7 +81,8 @@ Outputs slim_gru_cpu(const at::Tensor& x, const OptionalTensor& h0, at::TensorLi
   const RecurrentLayer& layer = tensors.layer;
   at::Tensor y = recurrent_empty(x, {}, {layer.directions * hidden_size});
   at::Tensor h_n = at::empty({layer.directions, layer.batch, hidden_size}, x.options());
-  at::Tensor gates = save ? recurrent_empty(x, {layer.directions}, {4, hidden_size}) : at::empty({0}, x.options());
+  at::Tensor gates = at::empty({0}, x.options());
+  if (save) gates = recurrent_kept(x, x.scalar_type(), {layer.directions}, {4, hidden_size});
   const RecurrentOutputs out{y.data_ptr(), h_n.data_ptr(), nullptr, save ? gates.data_ptr() : nullptr, nullptr};
   forward_layer(layer, out, x.scalar_type());
   return {y, h_n, gates};

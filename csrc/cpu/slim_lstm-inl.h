@@ -76,10 +76,11 @@ struct LstmCell {
   // dz of the four gates from the gradients at h and c; dc becomes the gradient at the previous c.
   template <typename T, typename C>
   static void backward(int64_t n, const StepGradients<T, C>& s) {
+    const int64_t ahead = s.ahead();
     for (int64_t m = 0; m < n; ++m) {
       for (int64_t j = 0; j < s.hidden; j += kLanes) {
         const int64_t left = s.hidden - j;
-        s.fetch(m, j);
+        s.fetch(m + ahead, j);
         const T* gates = s.gates + m * 4 * s.hidden + j;
         const vf i = load_upto(gates, left), f = load_upto(gates + s.hidden, left);
         const vf g = load_upto(gates + 2 * s.hidden, left), o = load_upto(gates + 3 * s.hidden, left);

@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "recurrent.h"
+#include "recurrent_memory.h"
 #include "recurrent_stream.h"
 #include "reference_call.h"
 
@@ -80,8 +81,8 @@ Outputs slim_lstm_cpu(const at::Tensor& x, const OptionalTensor& h0, const Optio
   at::Tensor c_n = at::empty({layer.directions, layer.batch, hidden_size}, x.options());
   at::Tensor gates = at::empty({0}, x.options()), cells = at::empty({0}, x.options());
   if (save) {
-    gates = recurrent_empty(x, {layer.directions}, {4, hidden_size});
-    cells = recurrent_empty(x, {layer.directions}, {hidden_size});
+    gates = recurrent_kept(x, x.scalar_type(), {layer.directions}, {4, hidden_size});
+    cells = recurrent_kept(x, x.scalar_type(), {layer.directions}, {hidden_size});
   }
   const RecurrentOutputs out{y.data_ptr(), h_n.data_ptr(), c_n.data_ptr(), save ? gates.data_ptr() : nullptr,
                              save ? cells.data_ptr() : nullptr};

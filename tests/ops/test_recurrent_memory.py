@@ -1,0 +1,63 @@
+"""What recurrent layers keep for backward is memory that the steps before gave back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from slimkernels._extension import cpp_available
+
+PIECE = 32 << 20  # bytes of the gates below; less is left to the C heap
+STEPS, BATCH, HIDDEN = 128, 128, 128
+
+pytestmark = pytest.mark.skipif(not cpp_available(), reason="the reference keeps tensors of PyTorch's")
+
+
+def kept():
+    """Gates of a forward pass."""
+    weights = [torch.randn(4 * HIDDEN, 8), torch.randn(4 * HIDDEN, HIDDEN)]
+    x = torch.randn(STEPS, BATCH, 8)
+    return torch.ops.slimkernels.slim_lstm(x, None, None, weights, None, False, HIDDEN, 0, 1, True)[3]
+
+
+def test_memory_given_back_is_taken_again():
+    gates = kept()
+    assert gates.nbytes == PIECE
+    before = gates.data_ptr()
+    del gates
+    gates = kept()
+    assert gates.data_ptr() == before
+
+
+def test_memory_in_use_is_not_taken():
+    first, second = kept(), kept()
+    values = first.clone()
+    third = kept()
+    assert len({t.data_ptr() for t in (first, second, third)}) == 3
+    assert torch.equal(values, first)
+
+
+def test_spare_memory_is_bounded():
+    code = (
+        "import torch, resource\n"
+        "from tests.ops.test_recurrent_memory import kept\n"
+        "kept()\n"
+        "held = [kept() for _ in range(13)]\n"  # 416 MiB, 160 more than may stay
+        "del held\n"
+        "now = int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "assert peak - now > 120 << 20, (peak >> 20, now >> 20)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_profiler_counts_memory_taken_again():
+    kept()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        kept()
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    large = [n for n in changes if abs(n) >= PIECE]
+    assert len(large) == 2
+    assert large[0] == -large[1] > 0
