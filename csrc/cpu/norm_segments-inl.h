@@ -90,7 +90,9 @@ __attribute__((noinline)) void store_tail(T* p, vf v, int64_t n) {
 }
 
 #if defined(SK_AVX512)
-// With masks, where the general ones copy number by number.
+// With masks, where the general ones copy number by number; short enough to be inlined.
+inline vf load_tail(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+inline void store_tail(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
 inline vf load_tail(const c10::BFloat16* p, int64_t n) {
   const __m256i h = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);

@@ -5,6 +5,15 @@ inline Affine<Splat> plane_affine(const auto& call, int64_t c) {
   return {{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}, call.activation};
 }
 
+// Planes of one channel lie far apart: where they are short, no hardware follows them, and each would wait for memory. The
+// plane beside, of the next channel, is asked for while one is written or added up.
+template <typename T>
+inline void ask_for_plane(const T* plane, int64_t length) {
+  constexpr int64_t kShort = 4096, kLine = 64 / sizeof(T);
+  if (!plane || length * static_cast<int64_t>(sizeof(T)) > kShort) return;
+  for (int64_t i = 0; i < length; i += kLine) __builtin_prefetch(plane + i, 0, 2);
+}
+
 // Each block around its own mean: far from zero the gradients need the mean to its last bit.
 template <typename T>
 Moments plane_moments(const T* x, int64_t samples, int64_t stride, int64_t length) {
@@ -49,7 +58,13 @@ void forward_planes(const ForwardCall<T>& call) {
         call.mean[c] = static_cast<float>(moments.mean);
         call.var[c] = static_cast<float>(moments.m2 / moments.count);
         const Affine<Splat> a = plane_affine(call, c);
-        for (int64_t n = 0; n < samples; ++n) plane(n, c, a);
+        for (int64_t n = 0; n < samples; ++n) {
+          if (c + 1 < end) {
+            ask_for_plane(call.x.plane(n, c + 1), length);
+            ask_for_plane(call.residual.plane(n, c + 1), length);
+          }
+          plane(n, c, a);
+        }
       }
     });
   });
@@ -68,12 +83,16 @@ void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, f
         // Short planes: several go into one block before the sums leave the vectors.
         const int64_t last = length < kPiece ? std::min(samples, n + std::max<int64_t>(1, kPiece / length)) : n + 1;
         for (;; ++n) {
+          if (c + 1 < channels) {
+            ask_for_plane(call.x.plane(n, c + 1), length);
+            ask_for_plane(call.dy.plane(n, c + 1), length);
+          }
           reduce_segment<kind, kSaved>(call.dy.plane(n, c) + i, call.x.plane(n, c) + i, kSaved ? call.saved.plane(n, c) + i : nullptr,
                                       stash ? dz.plane(n, c) + i : nullptr, std::min(kPiece, length - i), a, block_dz, block_dzx);
           if (n + 1 == last) break;
         }
-        sum_dz += sum(block_dz);
-        sum_dzx += sum(block_dzx);
+        sum_dz += total(block_dz);
+        sum_dzx += total(block_dzx);
       }
     }
   }
@@ -84,6 +103,7 @@ void backward_channel(const BackwardCall<T>& call, int64_t c, Affine<Splat> a, f
   const double mean_dz = count ? sum_dz / count : 0, mean_dzx = count ? sum_dzx * invstd * invstd / count : 0;
   const Splat slope{static_cast<float>(-mean_dzx * a.scale.value)}, offset{static_cast<float>(-mean_dz * a.scale.value)};
   for (int64_t n = 0; n < samples; ++n) {
+    if (kSaved && c + 1 < channels) ask_for_plane(call.saved.plane(n, c + 1), length);
     if (stash) {
       dx_segment<Kind::kNone, false, T>(dz.plane(n, c), call.x.plane(n, c), nullptr, call.dx.plane(n, c), length, a, slope,
                                               offset);

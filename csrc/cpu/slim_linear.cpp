@@ -13,7 +13,7 @@
 namespace slimkernels {
 namespace {
 
-constexpr int64_t kGradientRows = 128;  // of the block of dw that a task holds in cache
+constexpr int64_t kGradientRows = 256;  // of the block of dw that a task holds in cache
 constexpr int64_t kGradientCols = 256;
 
 // What happens to a float tile on its way to memory: act(tile + bias + residual), rounded to T.
