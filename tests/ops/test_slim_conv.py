@@ -116,13 +116,14 @@ def test_slim_conv_geometry(geometry, channels_last, dtype):
         (9, 100, 72, (7, 6)),
     ],
 )
-def test_slim_conv_winograd(batch, c, n, size, padding):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_slim_conv_winograd(batch, c, n, size, padding, dtype):
     """Enough pixels for Winograd's algorithm, with tiles that reach over each edge."""
     for kwargs in (dict(bias=False, residual=False), dict(activation="relu")):
         args, kwargs = sample(
             c, n, c + 4, n + 6, (3, 3), size, batch=batch, padding=padding, channels_last=True, **kwargs
         )
-        check_as_good_as_pytorch(slim_conv, oracle, args, kwargs, torch.float32)
+        check_as_good_as_pytorch(slim_conv, oracle, args, kwargs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
