@@ -44,8 +44,10 @@ def convert(
     """Make a network run at any width, with the weights that it has.
 
     Coupled channels (residual adds, depthwise chains, concats, a flatten before a Linear) become one width dimension
-    each; the network's inputs and outputs stay full. At full width the result computes what ``model`` computes. Every
-    dimension is tried out on the example; what cannot be sliced is left as it is, and ``report`` says why.
+    each; the network's inputs and outputs stay full. Whole heads of attention are a dimension of their own. A whole number
+    that a module keeps of its size (``self.hidden_dim``) follows the width where the forward needs it to. At full width the
+    result computes what ``model`` computes. Every dimension is tried out on the example; what cannot be sliced is left as
+    it is, and ``report`` says why.
 
     Args:
         model: any nn.Module. It stays as it is unless ``inplace``.

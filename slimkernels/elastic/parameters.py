@@ -58,7 +58,9 @@ class SlicedParameters:
 def sliced_class(base: Any, sliced: tuple[tuple[str, int], ...]) -> type[nn.Module]:
     """The subclass of ``base`` whose parameters ``sliced`` are properties."""
     body: dict[str, Any] = {name: _active(name, axis) for name, axis in sliced}
-    body |= {"_base_class": base, "_sliced": sliced, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    # torch.compile holds the tensors of torch's own modules, the width's too, to be of one shape.
+    module = __name__ if base.__module__.startswith("torch.") else base.__module__
+    body |= {"_base_class": base, "_sliced": sliced, "__module__": module, "__qualname__": base.__qualname__}
     return type(base.__name__, (SlicedParameters, base), body)
 
 
@@ -69,8 +71,9 @@ def _rebuild(base: Any, sliced: tuple[tuple[str, int], ...]) -> nn.Module:
 
 def slice_parameters(module: Any, sliced: dict[str, int]) -> None:
     """Turn ``module`` into an instance of its sliced class, at full width; more can be sliced later."""
-    before = dict(module._sliced) if isinstance(module, SlicedParameters) else {}
-    base: Any = module._base_class if before else type(module)
+    again = isinstance(module, SlicedParameters)
+    before = dict(module._sliced) if again else {}
+    base: Any = module._base_class if again else type(module)
     module.__class__ = sliced_class(base, tuple(sorted((before | sliced).items())))
     for name, axis in sliced.items():
         full = module.__dict__[name] if axis == NUMBER else module._parameters[name].shape[axis]

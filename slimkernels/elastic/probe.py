@@ -104,11 +104,12 @@ class Prober:
         return reason.startswith(_STOPS) or _SHAPE in reason
 
     def _kept(self, size: int) -> list[tuple[str, str]]:
-        """Numbers of that size in modules of the network's own."""
+        """Numbers of that size in modules of the network's own, and in ``nn.Transformer``, which checks ``d_model``."""
         return [
             (name, f"number:{key}")
             for name, module in self.single.plain.named_modules()
-            if kind_of(module) is None and not type(module).__module__.startswith("torch.nn.")
+            if isinstance(module, nn.Transformer) or not type(module).__module__.startswith("torch.nn.")
+            if kind_of(module) is None
             for key, value in module.__dict__.items()
             if type(value) is int and value == size and (name, f"number:{key}") not in self.dims
         ]

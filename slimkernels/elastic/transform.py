@@ -38,8 +38,11 @@ def transform(model: nn.Module, dims: Mapping[tuple[str, str], Dim], ignored: Co
         else:
             _become_slim(module, by_side)
     for name, module in modules.items():
+        inside = f"{name}." if name else ""
+        if type(module).__module__ == nn.Transformer.__module__ and any(key.startswith(inside) for key in sides):
+            slice_parameters(module, {})  # a class of ours: torch.compile takes the widths inside of it for constants
         for attribute in (a for layer, a in _FAST_PATHS.items() if isinstance(module, layer)):
-            if any(key.startswith(f"{name}." if name else "") for key in sides):
+            if any(key.startswith(inside) for key in sides):
                 module.__dict__["_fast_path"] = (attribute, getattr(module, attribute))
                 setattr(module, attribute, False)
 

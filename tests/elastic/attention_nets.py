@@ -66,6 +66,11 @@ class Transformer(nn.Module):
         return self.out(self.decoder(x, memory, tgt_mask=causal, memory_key_padding_mask=padding))
 
 
+def whole(net: Any, x: Tensor) -> Tensor:
+    """``nn.Transformer`` checks the number of features."""
+    return net.out(net.transformer(net.a(x), net.b(x)))
+
+
 def attend(net: Any, x: Tensor) -> Tensor:
     x = net.a(x)
     return net.out(x + net.attention(x, x, x, need_weights=False)[0])
@@ -120,6 +125,25 @@ NETS: dict[str, tuple[Any, tuple[int, ...], set[str]]] = {
     "post-norm": (Transformer, STEPS, LAYERS),
     "pre-norm": (lambda: Transformer(norm_first=True), STEPS, LAYERS),
     "no-bias": (lambda: Transformer(bias=False, activation="gelu"), STEPS, LAYERS),
+    "transformer": (
+        lambda: Net(
+            whole,
+            a=nn.Linear(5, D),
+            b=nn.Linear(5, D),
+            transformer=nn.Transformer(D, H, 1, 1, M, batch_first=True),
+            out=nn.Linear(D, 3),
+        ),
+        STEPS,
+        {
+            "a",
+            *(
+                f"transformer.{kind}.layers.0.{part}"
+                for kind in ("encoder", "decoder")
+                for part in ("self_attn", "linear1")
+            ),
+            "transformer.decoder.layers.0.multihead_attn",
+        },
+    ),
     "self": (lambda: one(attend), STEPS, OURS),
     "steps-first": (lambda: one(steps_first, batch_first=False), STEPS, OURS | {"attention.out_proj"}),
     "bias-kv": (lambda: one(attend, add_bias_kv=True), STEPS, OURS),

@@ -344,8 +344,9 @@ def test_depth_search_and_calibration():
     assert best.width == 0.5
 
 
-def test_few_graphs_for_many_widths():
-    net, x, _ = build("vit")
+@pytest.mark.parametrize("name", ["vit", "transformer"])
+def test_few_graphs_for_many_widths(name):
+    net, x, _ = build(name)
     model = elastic.convert(net, x, divisor=4)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
