@@ -89,6 +89,7 @@ class Prober:
             for some in [*([one] for one in found), *([found] if len(found) > 1 else [])]:
                 tried = {key: Dim(*key, runs) for key in some}
                 transform(self.single.elastic, tried)
+                self.__dict__.pop("double", None)  # a copy of what was there before
                 self.dims |= tried
                 if not any(self._wrong([name], (fraction,)) for fraction in (0.5, 0.25, 0.75)):
                     self.analysis.dims |= tried
@@ -96,7 +97,7 @@ class Prober:
                 for owner, side in tried:
                     del self.dims[owner, side]
                     unslice(self.single.elastic.get_submodule(owner), str(number_side(side)))
-        self.__dict__.pop("double", None)
+                self.__dict__.pop("double", None)
 
     def _stops(self, names: list[str]) -> bool:
         """Whether the network raises an exception when the groups are narrower, or gives outputs of other shapes."""

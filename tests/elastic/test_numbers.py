@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from slimkernels import elastic
+from slimkernels.elastic import probe
 from tests.elastic.handwritten_forwards import Net
 from tests.elastic.nets import perturbed
 from tests.helpers import error
@@ -95,3 +96,10 @@ def test_what_does_not_run_with_them_stays(rows, reason):
     with elastic.width(model, 0.5):
         assert error(model(x), elastic.extract(model, 0.5)(x)) < 1e-6
     assert elastic.extract(model, 0.5).size == 16
+
+
+@torch.no_grad()
+def test_each_trial_in_float64_has_the_numbers_of_that_trial(monkeypatch):
+    monkeypatch.setattr(probe, "_TOLERANCE", 0.0)  # nothing is exact enough in float32
+    net, x = build(two, size=16, fold=Fold(16))
+    assert set(elastic.plan(elastic.convert(net, x, divisor=4)).groups) == {"a", "m.0", "m.2"}
