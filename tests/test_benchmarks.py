@@ -178,7 +178,10 @@ def test_inr_scaling_measures_share_memory_and_samples():
 
     share = inr_scaling.gemm_share(["resnet20-last-block"], 0.0)
     assert [row["dtype"] for row in share] == ["float32", "bfloat16"]
-    assert all(0 < float(row["share"]) < 2 for row in share)
+    for row in share:  # how fast is not asked: other work on the machine may fall on either
+        speed, gemm = float(row["gflops"]), float(row["gemm_gflops"])
+        assert speed > 0
+        assert float(row["share"]) == pytest.approx(speed / gemm, rel=0.05, abs=2e-3)
     small, large = inr_scaling.memory([8, 32])
     assert large["coordinates"] == 2 * 32 * 33
     growth = [float(large[f"{name}_mib"]) - float(small[f"{name}_mib"]) for name in ("eager", "recompute")]
