@@ -68,14 +68,22 @@ MODULES = {
     "embedding": lambda: (slim.SlimEmbedding(16, 12), torch.randint(16, (5, 3))),
     "lstm": lambda: (slim.SlimLSTM(16, 12), torch.randn(5, 3, 9)),
     "gru": lambda: (slim.SlimGRU(16, 12), torch.randn(5, 3, 9)),
+    "attention": lambda: (slim.SlimMultiheadAttention(16, 4), *[torch.randn(5, 3, 9)] * 3),
+    "attention, masked": lambda: (
+        slim.SlimMultiheadAttention(16, 4),
+        *(torch.randn(n, 3, 9) for n in (5, 6, 6)),
+        torch.zeros(3, 6, dtype=torch.bool),
+        False,
+        torch.zeros(5, 6),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_never_wait(name):
-    module, x = MODULES[name]()
+    module, *inputs = MODULES[name]()
     with Graph() as graph:
-        found = module(x)
+        found = module(*inputs)
         (found if isinstance(found, torch.Tensor) else found[0]).sum().backward()
     assert graph.broken == []
 
