@@ -73,6 +73,10 @@ ThreeTensors slim_conv_backward_cpu(const at::Tensor& dy, const at::Tensor& x, c
   } else if (need_dw || need_db) {
     std::tie(dw, db) = depthwise_conv_weight_gradient(dy, x, weight, geometry, need_dw, size);
     if (!db.defined()) std::tie(dw, db) = direct_conv_weight_gradient(dy, x, weight, geometry, need_dw, size);
+    // Winograd's sums have none of the bias, and asked for that alone oneDNN works out the weight's gradient again.
+    if (need_db && dw.defined() && !db.defined()) {
+      db = sized_bias_gradient(channel_sums(dy), dy.size(1), weight.size(0), dy.scalar_type(), size);
+    }
   }
   const bool rest_dx = need_dx && !dx.defined(), rest_dw = need_dw && !dw.defined(), rest_db = need_db && !db.defined();
   if (rest_dx || rest_dw || rest_db) {

@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kLeastChannels = 12, kLeastGradientChannels = 8;
 constexpr int64_t kNearBytes = 3 * 1024 * 1024;
 constexpr double kMostSums = 10e6;  // bytes, 256 channels of both: 512 would take 38 MB, whose pages cost what is gained
-constexpr double kManySums = 4e6;   // bytes: memory of this size is mostly fresh, and its pages are cleared first
 constexpr int64_t kBlock = 56;  // tiles; fewer would read the weights too often, more would leave second-level cache
 constexpr int64_t kVector = 16;
 
@@ -45,13 +44,11 @@ bool winograd_gradient_pays(int64_t images, int64_t out_h, int64_t out_w, int64_
   const double tiles = static_cast<double>(images * ((out_h + 3) / 4) * ((out_w + 3) / 4));
   const double in_vectors = static_cast<double>(vectors_of(in)), vectors = static_cast<double>(vectors_of(out));
   const double products = static_cast<double>(in) * vectors;
-  const double sums = products * 36 * kVector * sizeof(float);
-  if (sums > kMostSums) return false;
+  if (products * 36 * kVector * sizeof(float) > kMostSums) return false;
   const double direct = static_cast<double>(images * out_h * out_w) * 4.5 * kVector * in_vectors * vectors;
   const bool far = images * out_h * out_w * (in + out) * static_cast<int64_t>(sizeof(float)) > kNearBytes;
   const double transforms = 110 * in_vectors + 70 * vectors + (far ? 400 * (in_vectors + vectors) : 0);
-  const double once = sums > kManySums ? 1150 : 250;
-  return tiles * (18 * products + transforms) + products * (once + 72 * tiles / kBlock) < 0.85 * direct;
+  return tiles * (18 * products + transforms) + products * (250 + 72 * tiles / kBlock) < 0.85 * direct;
 }
 
 namespace {
