@@ -2,6 +2,8 @@
 // epilogue and gradient on the slice of our own.
 #include <torch/library.h>
 
+#include <vector>
+
 #include "reference_call.h"
 #include "slim_conv.h"
 #include "slim_conv_transpose_patches.h"
@@ -28,6 +30,18 @@ at::Tensor slim_conv_transpose_cpu(const at::Tensor& x, const at::Tensor& weight
   return conv_through_aten(x, w, bias, geometry, activation, residual, conv_format(x, weight));
 }
 
+// The kernels write and read as many numbers as these sizes say.
+void check_gradient(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
+  std::vector<int64_t> expected = {x.size(0), dy.size(1)};
+  for (int64_t d = 0; d < x.dim() - 2; ++d) {
+    expected.push_back((x.size(d + 2) - 1) * g.stride[d] - 2 * g.padding[d] +
+                       g.dilation[d] * (weight.size(d + 2) - 1) + g.output_padding[d] + 1);
+  }
+  const at::IntArrayRef sizes = expected;
+  TORCH_CHECK_VALUE(dy.sizes() == sizes, "slim_conv_transpose_backward: expected dy of shape ", sizes, ", got ",
+                    dy.sizes());
+}
+
 ThreeTensors slim_conv_transpose_backward_cpu(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                                               int64_t full_bias, at::IntArrayRef stride, at::IntArrayRef padding,
                                               at::IntArrayRef output_padding, at::IntArrayRef dilation, int64_t groups,
@@ -36,6 +50,7 @@ ThreeTensors slim_conv_transpose_backward_cpu(const at::Tensor& dy, const at::Te
   TORCH_CHECK_VALUE(dy.dim() == x.dim(), "slim_conv_transpose_backward: expected dy to have ", x.dim(),
                     " dimensions, got shape ", dy.sizes());
   check_conv("slim_conv_transpose_backward", x, weight, std::nullopt, dy.size(1), geometry);
+  check_gradient(dy, x, weight, geometry);
   TORCH_CHECK_VALUE(!need_db || full_bias >= dy.size(1), "slim_conv_transpose_backward: expected full_bias of at least ",
                     dy.size(1), ", got ", full_bias);
   if (!conv_takes(x) || dy.scalar_type() != x.scalar_type()) {
