@@ -3,12 +3,13 @@
 import importlib
 
 from slimkernels import nn, ops
+from slimkernels._extension import empty_cache
 from slimkernels._version import __version__
 
 # Imported on first use, so that `import slimkernels` adds little to `import torch`.
 _LAZY = ("elastic", "hyper", "models", "recipes", "train")
 
-__all__ = ["__version__", "compile", "elastic", "models", "nn", "ops", "train"]
+__all__ = ["__version__", "compile", "elastic", "empty_cache", "models", "nn", "ops", "train"]
 
 
 def __getattr__(name: str):

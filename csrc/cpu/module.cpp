@@ -1,10 +1,11 @@
 // The Python module slimkernels._C: importing it registers the kernels; what it binds itself is no op.
 #include <pybind11/pybind11.h>
-
 #include <torch/version.h>
 
 #include "common.h"
 #include "python.h"
+#include "recurrent_cache.h"
+#include "recurrent_memory.h"
 
 namespace {
 
@@ -32,6 +33,14 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   }, "Compiler, the torch version the extension was built for, and whether OpenMP is on.");
+  m.def(
+      "empty_cache",
+      [] {
+        const pybind11::gil_scoped_release released;
+        slimkernels::release_spare_memory();
+        slimkernels::forget_packed();
+      },
+      "Frees what recurrent layers keep from call to call.");
   slimkernels::bind_deploy(m);
   slimkernels::bind_eager(m);
   slimkernels::bind_train(m);

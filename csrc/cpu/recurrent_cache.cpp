@@ -91,6 +91,12 @@ bool keeps_packed(at::TensorList weights) {
   return bytes <= kPackedBytes;
 }
 
+void forget_packed() {
+  std::list<Entry> gone;  // freed after the lock
+  const std::lock_guard<std::mutex> lock(mutex);
+  gone.swap(entries);
+}
+
 PackedPointer find_packed(at::TensorList weights, const PackedKey& key, bool& seen) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = find(weights, key);

@@ -31,6 +31,9 @@ bool keeps_packed(at::TensorList weights);
 // same still.
 PackedPointer find_packed(at::TensorList weights, const PackedKey& key, bool& seen);
 
+// Keeps nothing any longer, of any weights.
+void forget_packed();
+
 // Keeps what was packed after find_packed, unless the weights changed meanwhile.
 void keep_packed(at::TensorList weights, const PackedKey& key, PackedPointer packed);
 

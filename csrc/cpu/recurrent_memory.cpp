@@ -1,7 +1,5 @@
 #include "recurrent_memory.h"
 
-#include "recurrent.h"
-
 #include <ATen/Context.h>
 #include <ATen/Functions.h>
 #include <c10/core/CPUAllocator.h>
@@ -11,6 +9,8 @@
 #include <list>
 #include <mutex>
 
+#include "recurrent.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -18,13 +18,13 @@
 namespace slimkernels {
 namespace {
 
-// What is given back stays for the next call, up to so much in all. Smaller pieces the C heap keeps by itself; and it would keep
-// less of everything else, as the largest piece freed tells it how much to keep.
+// What is given back stays for the next call, up to so much in all. Smaller pieces the C heap keeps by itself; and it
+// would keep less of everything else, as the largest piece freed tells it how much to keep.
 constexpr int64_t kSpareBytes = int64_t{256} << 20;
 constexpr int64_t kSpareFrom = int64_t{32} << 20;
 
-// What is kept for backward is tens of megabytes: with pages of 4 KiB the faults of fresh memory take a third of the time of
-// the kernels. A hint only; failing changes nothing.
+// What is kept for backward is tens of megabytes: with pages of 4 KiB the faults of fresh memory take a third of the
+// time of the kernels. A hint only; failing changes nothing.
 void ask_for_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
@@ -42,8 +42,9 @@ struct Piece {
   void report(int64_t change) const { c10::reportMemoryUsageToProfiler(data.get(), change, 0, 0, at::kCPU); }
 };
 
-// Large pages make the faults few, but the system still clears all of this memory at each step and may have to get it from
-// elsewhere first (a virtual machine's host): between 2 and 15 % of the time of a step. So it is kept from step to step.
+// Large pages make the faults few, but the system still clears all of this memory at each step and may have to get it
+// from elsewhere first (a virtual machine's host): between 2 and 15 % of the time of a step. So it is kept from step to
+// step.
 class Spare {
  public:
   // A piece of at least `bytes`, and not so large that another call will miss it.
@@ -83,6 +84,13 @@ class Spare {
     }
   }
 
+  void clear() {
+    std::list<Piece> gone;  // freed after the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const Piece& piece : pieces_) piece.report(piece.bytes);  // the allocator reports it as freed
+    gone.swap(pieces_);
+  }
+
  private:
   std::mutex mutex_;
   std::list<Piece> pieces_;  // given back last first
@@ -91,6 +99,8 @@ class Spare {
 Spare& spare = *new Spare;  // not destroyed: tensors may outlive it
 
 }  // namespace
+
+void release_spare_memory() { spare.clear(); }
 
 at::Tensor recurrent_empty(const at::Tensor& x, std::initializer_list<int64_t> lead,
                            std::initializer_list<int64_t> tail) {

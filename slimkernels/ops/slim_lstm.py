@@ -41,7 +41,8 @@ def slim_lstm(
     until the weights are gone): at the first call where it has fewer than 24 rows (streaming), else from the second on. Weights
     made in the call, views and those of inference mode are not kept. A write through ``.data``, which PyTorch does not count,
     is noticed by the first and last element of each weight. What the CPU keeps for backward, if it is 32 MiB or
-    more, is memory that earlier steps gave back; up to 256 MiB of it stay with the process.
+    more, is memory that earlier steps gave back; up to 256 MiB of it stay with the process,
+    until ``slimkernels.empty_cache()``.
 
     Raises: ValueError when a shape, a width, the batch sizes or the number of weights does not fit, TypeError when
     dtypes differ.
