@@ -8,22 +8,24 @@ from torch import nn
 
 from benchmarks.harness import Case, Problem
 from benchmarks.shapes import reduced, shapes
+from slimkernels.nn._base import SlimModule
 
 Make = Callable[[int], nn.Module]
+MakeSlim = Callable[[int], SlimModule]
 
 
-def build(ours: Make, sliced: Make, plain: Make, rows: int, c: int, full: int, dtype: torch.dtype) -> Problem:
+def build(ours: MakeSlim, sliced: Make, plain: Make, rows: int, c: int, full: int, dtype: torch.dtype) -> Problem:
     slim, slices, narrow = ours(full), sliced(full), plain(c)
     for parameter in slim.parameters():
         nn.init.normal_(parameter)
     slices.load_state_dict(slim.state_dict())
     narrow.load_state_dict({key: value[:c] for key, value in slim.state_dict().items()})
-    slim.set_width(c)  # type: ignore[operator]
+    slim.set_width(c)
     x = torch.randn(rows, c, dtype=dtype, requires_grad=True)
     return Problem(slim.to(dtype), narrow.to(dtype), slices.to(dtype), (x,))
 
 
-def cases(ours: Make, sliced: Make, plain: Make, quick: bool) -> Iterator[Case]:
+def cases(ours: MakeSlim, sliced: Make, plain: Make, quick: bool) -> Iterator[Case]:
     """Rows of every layer norm of the list of shapes, with the three layers at its width."""
     for shape in shapes("layernorm", quick):
         c = shape.c_in

@@ -125,8 +125,10 @@ def run_op(op: str, quick: bool, threads: int, only: str | None = None) -> int:
         print(f"{op} {i}/{len(cases)} {case.net} w={case.width} {case.shape} {case.dtype}: {ratios}", flush=True)
     path = results_file(threads)
     measured = {name(row) for row in rows}
-    kept = [row for row in read(path) if row["op"] != op or (only is not None and name(row) not in measured)]
-    write(path, sorted(kept + rows, key=lambda row: row["op"]))
+    before = read(path)
+    kept = [row for row in before if row["op"] != op or (only is not None and name(row) not in measured)]
+    places = {case: i for i, case in enumerate(dict.fromkeys(map(name, before)))} if only is not None else {}
+    write(path, sorted(kept + rows, key=lambda row: (row["op"], places.get(name(row), len(places)))))
     print(f"{op}: {len(rows)} rows in {time.time() - start:.0f} s, {red} red, written to {path.name}", flush=True)
     return red
 

@@ -159,6 +159,8 @@ def test_a_run_of_some_cases_replaces_their_rows_only(tmp_path, monkeypatch):
     after = run.read(run.results_file())
     assert sorted((r["dtype"], r["run"]) for r in after) == [("bfloat16", "full")] * 3 + [("float32", "quick")] * 3
     assert [r for r in after if r["run"] == "quick"] == [r for r in before if r["dtype"] == "float32"]
+    assert run.run_op("one", False, 1, "float32") == 0
+    assert [r["dtype"] for r in run.read(run.results_file())] == ["float32"] * 3 + ["bfloat16"] * 3  # where they were
     with pytest.raises(ValueError, match=r"bench: expected a case of one with 'float64' in its name, got none"):
         run.run_op("one", True, 1, "float64")
     with pytest.raises(ValueError, match="bench: expected an op beside --only, got none"):
