@@ -50,8 +50,10 @@ inline void put_vectors(T* y, const vf (&a)[V], int tail) {
 #pragma GCC unroll 4
     for (int v = 0; v + 1 < V; v += 2) {
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)a[v + 1], (__m512)a[v]);
-      if (v + 2 < V || tail == kLanes) _mm512_storeu_si512(y + v * kLanes, both);
-      else _mm512_mask_storeu_epi16(y + v * kLanes, (__mmask32(1) << (kLanes + tail)) - 1, both);
+      if (v + 2 < V || tail == kLanes)
+        _mm512_storeu_si512(y + v * kLanes, both);
+      else
+        _mm512_mask_storeu_epi16(y + v * kLanes, (__mmask32(1) << (kLanes + tail)) - 1, both);
     }
     if (V % 2) put_some(y + (V - 1) * kLanes, a[V - 1], tail);
     return;
@@ -340,6 +342,6 @@ template <typename T>
 deploy::Kernels kernels_of() {
   constexpr bool wide = std::is_same_v<T, float>;
   const auto winograd = wide ? &winograd_kernel : &small_winograd_kernel<T>;
-  return {kLanes,   kTileRegisters,       &conv_kernel<T>, winograd,
-          &narrow_kernel<T>, &depthwise_kernel<T>, &pool_kernel<T>, &pointwise_kernel<T>};
+  return {kLanes,          kTileRegisters,      &conv_kernel<T>, winograd, &narrow_kernel<T>, &depthwise_kernel<T>,
+          &pool_kernel<T>, &pointwise_kernel<T>};
 }

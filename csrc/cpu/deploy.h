@@ -124,8 +124,7 @@ constexpr size_t kMaxPlans = 32;  // input shapes that a width keeps a plan for
 // Weights as the kernels read them; `groups` other than 1 and the channels stays PyTorch's.
 Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding,
-                  int64_t groups, bool transposed, at::ScalarType dtype, bool winograd,
-                  bool normed);
+                  int64_t groups, bool transposed, at::ScalarType dtype, bool winograd, bool normed);
 // The side of the tiles that Winograd's algorithm takes (0: it never pays), and the weights for it.
 int64_t winograd_side(const at::Tensor& weight, at::ScalarType dtype, bool normed);
 at::Tensor pack_winograd(const at::Tensor& weight, int64_t side, int64_t lanes, at::ScalarType dtype);

@@ -46,9 +46,9 @@ struct ConvJob {
   Epilogue epilogue;
 };
 
-// Winograd's F(4x4, 3x3) in float, F(3x3, 3x3) or F(2x2, 3x3) in bfloat16: `block` tiles of side x side outputs at a time through
-// 36, 25 or 16 matrices of inputs (v) and of outputs (m, always float), which lie `v_position` and `m_position` numbers apart in a slot of the scratch
-// memory; each slot is worked on by one thread.
+// Winograd's F(4x4, 3x3) in float, F(3x3, 3x3) or F(2x2, 3x3) in bfloat16: `block` tiles of side x side outputs at a
+// time through 36, 25 or 16 matrices of inputs (v) and of outputs (m, always float), which lie `v_position` and
+// `m_position` numbers apart in a slot of the scratch memory; each slot is worked on by one thread.
 struct WinogradJob {
   int64_t images, out_h, out_w, in_c, out_c;
   int64_t side;  // outputs in a row of a tile

@@ -83,7 +83,8 @@ Weights pack_conv(const at::Tensor& weight, const std::optional<at::Tensor>& bia
     w.packed = packed.transpose(0, 1).contiguous();
     if (w.out == kNarrow || w.out == 2 * kNarrow) std::tie(w.narrow, w.narrow_bias) = pack_narrow(values, w.bias, lanes);
     const bool one_step = w.stride[0] == 1 && w.stride[1] == 1 && w.dilation[0] == 1 && w.dilation[1] == 1;
-    if (winograd && w.kernel_h == 3 && w.kernel_w == 3 && one_step) w.winograd_side = winograd_side(weight, dtype, normed);
+    if (winograd && w.kernel_h == 3 && w.kernel_w == 3 && one_step)
+      w.winograd_side = winograd_side(weight, dtype, normed);
     if (w.winograd_side) w.winograd = pack_winograd(weight, w.winograd_side, lanes, dtype);
   } else if (separate) {
     w.packed = by_vectors(values.permute({2, 3, 0, 1}).reshape({taps, w.in, w.out}), lanes, dtype);

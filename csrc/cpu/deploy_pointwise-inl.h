@@ -9,8 +9,9 @@ inline std::pair<int64_t, int64_t> taps_inside(int64_t from, int64_t size, int64
 }
 
 #if defined(SK_BF16)
-// The largest of a window in `channels` channels, compared as integers: a number with its sign has the order of an integer once the
-// other bits of negative ones are flipped. A NaN is above all others, or, with a sign, found as the largest of all patterns.
+// The largest of a window in `channels` channels, compared as integers: a number with its sign has the order of an
+// integer once the other bits of negative ones are flipped. A NaN is above all others, or, with a sign, found as the
+// largest of all patterns.
 inline void max_of_window(const c10::BFloat16* window, int64_t rows, int64_t columns, int64_t step_h, int64_t step_w,
                           int64_t channels, c10::BFloat16* y) {
   constexpr int64_t kBlock = 2 * kLanes;
@@ -24,7 +25,8 @@ inline void max_of_window(const c10::BFloat16* window, int64_t rows, int64_t col
       for (int64_t j = 0; j < columns; ++j, x += step_w) {
         const __m512i bits = _mm512_maskz_loadu_epi16(mask, x);
         pattern = _mm512_max_epu16(pattern, bits);
-        most = _mm512_max_epi16(most, _mm512_ternarylogic_epi32(bits, _mm512_srai_epi16(bits, 15), others, kFlipNegative));
+        most =
+            _mm512_max_epi16(most, _mm512_ternarylogic_epi32(bits, _mm512_srai_epi16(bits, 15), others, kFlipNegative));
       }
     }
     most = _mm512_ternarylogic_epi32(most, _mm512_srai_epi16(most, 15), others, kFlipNegative);

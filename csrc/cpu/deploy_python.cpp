@@ -73,7 +73,8 @@ class Watch {
       const auto* impl = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
       for (size_t at = 0; at < sizeof(c10::TensorImpl); at += kLine) __builtin_prefetch(impl + at);
     }
-    for (const at::Tensor& t : tensors_) __builtin_prefetch(t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    for (const at::Tensor& t : tensors_)
+      __builtin_prefetch(t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
     uint64_t sum = 1469598103934665603ull;
     for (const at::Tensor& t : tensors_) {
       const uint64_t version = t.is_inference() ? 0 : static_cast<uint64_t>(t._version());
@@ -102,8 +103,8 @@ void bind_deploy(py::module_& m) {
   m.def("deploy_no_weights", [] { return Weights(); });
   m.def("deploy_pack_conv",
         [](const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<int64_t> stride,
-           std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding, int64_t groups,
-           bool transposed, const py::object& dtype, bool winograd, bool normed) {
+           std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> output_padding,
+           int64_t groups, bool transposed, const py::object& dtype, bool winograd, bool normed) {
           return deploy::pack_conv(weight, bias, stride, padding, dilation, output_padding, groups, transposed,
                                    scalar_type(dtype), winograd, normed);
         });

@@ -10,7 +10,8 @@ __attribute__((noinline, cold)) void store_rest(T* p, vf v, int64_t n) {
   if (n > 0) store_first(p, v, n);
 }
 
-// In line, but for the end of a row: a call between products (recurrent_joined-inl.h) would put all their sums into memory.
+// In line, but for the end of a row: a call between products (recurrent_joined-inl.h) would put all their sums into
+// memory.
 template <typename T>
 inline __attribute__((always_inline)) void store_some(T* p, vf v, int64_t n) {
   if (n >= kLanes) {

@@ -1,9 +1,9 @@
 #include "recurrent.h"
 
+#include <ATen/Functions.h>
+
 #include "recurrent_cache.h"
 #include "recurrent_memory.h"
-
-#include <ATen/Functions.h>
 
 namespace slimkernels {
 

@@ -33,8 +33,8 @@ struct StepGradients {
     return s;
   }
 
-  // What is read of row m at unit j is in no cache near, and its streams are too many and too short for the CPU to see them:
-  // row after row fetches what is `ahead` rows on.
+  // What is read of row m at unit j is in no cache near, and its streams are too many and too short for the CPU to see
+  // them: row after row fetches what is `ahead` rows on.
   int64_t ahead() const { return (kFetchedUnits + hidden - 1) / hidden; }
   inline __attribute__((always_inline)) void fetch(int64_t m, int64_t j) const {
     if (j % (64 / sizeof(T))) return;
@@ -45,7 +45,8 @@ struct StepGradients {
   }
 };
 
-// The state before a visit is in the rows of the visit before, but for sequences that begin here: theirs is the initial one.
+// The state before a visit is in the rows of the visit before, but for sequences that begin here: theirs is the initial
+// one.
 struct Previous {
   int64_t row, count;
 
@@ -156,12 +157,25 @@ void recurrent_backward_kernel(const RecurrentLayer& layer, const RecurrentGradi
       const Previous previous(layer, d, k);
       C* h_before = h_previous + at * sp;
       copy_rows(y + previous.row * ldy, ldy, h_before, sp, previous.count, state);
-      copy_rows(h0 ? h0 + previous.count * state : nullptr, state, h_before + previous.count * sp, sp, n - previous.count,
-                state);
-      StepGradients<T, C> step{dy ? dy + row * ldy : nullptr, ldy, kept_gates + row * 4 * hidden,
-                               kept_cells ? kept_cells + row * hidden : nullptr, dh, dc, sp, hp, h_before, sp,
-                               kept_cells ? kept_cells + previous.row * hidden : nullptr, dz + at * ldz, ldz, block,
-                               nullptr, hp, hidden};
+      copy_rows(h0 ? h0 + previous.count * state : nullptr, state, h_before + previous.count * sp, sp,
+                n - previous.count, state);
+      StepGradients<T, C> step{dy ? dy + row * ldy : nullptr,
+                               ldy,
+                               kept_gates + row * 4 * hidden,
+                               kept_cells ? kept_cells + row * hidden : nullptr,
+                               dh,
+                               dc,
+                               sp,
+                               hp,
+                               h_before,
+                               sp,
+                               kept_cells ? kept_cells + previous.row * hidden : nullptr,
+                               dz + at * ldz,
+                               ldz,
+                               block,
+                               nullptr,
+                               hp,
+                               hidden};
       if (projects) {
         C* at_y = dy_rows + at * sp;
         for (int64_t m = 0; m < n; ++m) {

@@ -5,8 +5,8 @@ inline Affine<Splat> plane_affine(const auto& call, int64_t c) {
   return {{call.mean[c]}, {call.weight[c] * inverse_std(call.var[c], call.eps)}, {call.bias[c]}, call.activation};
 }
 
-// Planes of one channel lie far apart: where they are short, no hardware follows them, and each would wait for memory. The
-// plane beside, of the next channel, is asked for while one is written or added up.
+// Planes of one channel lie far apart: where they are short, no hardware follows them, and each would wait for memory.
+// The plane beside, of the next channel, is asked for while one is written or added up.
 template <typename T>
 inline void ask_for_plane(const T* plane, int64_t length) {
   constexpr int64_t kShort = 4096, kLine = 64 / sizeof(T);

@@ -56,14 +56,14 @@ bool fits(const at::Tensor& x, const at::Tensor& weight, int64_t out_channels, c
 // Convolutions of 3x3 and stride 1 in float32 by Winograd's algorithm: 1.1 to 2.4 times as fast for 16 to 64 channels, at 1.5 to 3
 // times PyTorch's error against float64, up to 1e-6.
 bool winograd_fits(const at::Tensor& in, const at::Tensor& weight, const ConvGeometry& g, bool any_dtype = false) {
-  return (any_dtype || in.scalar_type() == at::kFloat) && current_isa() == Isa::kAvx512 && weight.size(2) == 3 && weight.size(3) == 3 &&
-         g.groups == 1 && g.stride[0] * g.stride[1] * g.dilation[0] * g.dilation[1] == 1;
+  return (any_dtype || in.scalar_type() == at::kFloat) && current_isa() == Isa::kAvx512 && weight.size(2) == 3 &&
+         weight.size(3) == 3 && g.groups == 1 && g.stride[0] * g.stride[1] * g.dilation[0] * g.dilation[1] == 1;
 }
 
 constexpr int64_t kConvertedBytes = 512 * 1024;  // of x: the images of which are converted at once
 
-// In bfloat16 x and dy are first converted: .4 to .8 of oneDNN's time for 8x8 images and for up to 32 channels of 16x16, but no
-// gain for 16 of them, and 1.1 to 1.5 times for 64 to 256 channels of 14x14.
+// In bfloat16 x and dy are first converted: .4 to .8 of oneDNN's time for 8x8 images and for up to 32 channels of
+// 16x16, but no gain for 16 of them, and 1.1 to 1.5 times for 64 to 256 channels of 14x14.
 bool gradient_by_winograd(const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight, const ConvGeometry& g) {
   const int64_t pixels = x.size(2) * x.size(3);
   const auto [narrower, wider] = std::minmax({x.size(1), dy.size(1)});

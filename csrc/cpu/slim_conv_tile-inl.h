@@ -53,7 +53,8 @@ ConvTile pick_conv_tile(int64_t pixels) {
   }
 }
 
-// dw (R, V * kLanes at row stride ld) += sum over rows and pixels of x[r] * dy: R values side by side in the packed input.
+// dw (R, V * kLanes at row stride ld) += sum over rows and pixels of x[r] * dy: R values side by side in the packed
+// input.
 template <int R, int V>
 void gradient_tile(const float* x, int64_t x_row, int64_t x_step, const float* dy, int64_t dy_row, int64_t dy_step,
                    int64_t rows, int64_t pixels, float* dw, int64_t ld) {

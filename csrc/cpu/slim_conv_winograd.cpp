@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kLeastChannels = 12, kLeastGradientChannels = 8;
 constexpr int64_t kNearBytes = 3 * 1024 * 1024;
-constexpr double kMostSums = 10e6;  // bytes, 256 channels of both: 512 would take 38 MB, whose pages cost what is gained
+constexpr double kMostSums =
+    10e6;                       // bytes, 256 channels of both: 512 would take 38 MB, whose pages cost what is gained
 constexpr int64_t kBlock = 56;  // tiles; fewer would read the weights too often, more would leave second-level cache
 constexpr int64_t kVector = 16;
 

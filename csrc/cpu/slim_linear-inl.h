@@ -1,6 +1,7 @@
 #include "gemm-inl.h"
 
-// One activation of finish_tile. Not inlined: beside the nine others its loop ran on spilled registers, at 2 ns a vector.
+// One activation of finish_tile. Not inlined: beside the nine others its loop ran on spilled registers, at 2 ns a
+// vector.
 template <Activation act, typename T>
 __attribute__((noinline)) void finish_rows(const Finish<T>& f, int64_t row, int64_t col, int64_t rows, int64_t cols,
                                            const float* tile) {
